@@ -1,0 +1,135 @@
+"""Attention that keeps packed documents apart, registered with transformers' ``AttentionInterface``.
+
+A packed batch is one flat row of documents. transformers' own SDPA path isolates them with a dense L x L mask, whose
+size grows with the square of the batch; this one attends document by document and needs none. It is exact: every
+document sees what it would see alone. Without packing it is ordinary scaled dot-product attention.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+__all__ = ["DOCUMENT_ATTENTION", "document_attention", "packed_attention_arguments", "use_document_attention"]
+
+DOCUMENT_ATTENTION = "lightning_qlora_documents"
+
+# Arguments of attention functions that change the result and that this one does not implement.
+_UNSUPPORTED_MODEL_TYPES = frozenset({"gpt_oss"})  # attention sinks
+
+
+def document_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    document_lengths: tuple[int, ...] | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Scaled dot-product attention in the signature of transformers' ``AttentionInterface``.
+
+    Args:
+        module: The attention layer.
+        query: (B, heads, L, head_dim).
+        key: (B, key-value heads, L', head_dim).
+        value: (B, key-value heads, L', head_dim).
+        attention_mask: (B, 1, L, L') boolean, true where attention is allowed; ``None`` for causal attention.
+            Ignored when ``document_lengths`` is given.
+        scaling: Factor on the scores; ``None`` for ``head_dim ** -0.5``.
+        dropout: Probability of dropping an attention weight.
+        sliding_window: How many positions a token sees, itself included.
+        softcap: Bound of the scores, ``softcap * tanh(scores / softcap)`` (Gemma 2).
+        document_lengths: Lengths of the packed documents, in tokens; they add up to L.
+
+    Returns:
+        (B, L, heads, head_dim) and no attention weights.
+    """
+    if document_lengths is None:
+        is_causal = attention_mask is None and query.shape[2] > 1
+        output = _attend(query, key, value, attention_mask, is_causal, scaling, dropout, softcap)
+        return output.transpose(1, 2).contiguous(), None
+    outputs = []
+    lengths = list(document_lengths)
+    documents = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), lengths, strict=True)
+    for query_d, key_d, value_d, length in documents:
+        mask = None
+        if sliding_window is not None and length > sliding_window:
+            mask = _sliding_causal_mask(length, sliding_window, query.device)
+        outputs.append(_attend(query_d, key_d, value_d, mask, mask is None, scaling, dropout, softcap))
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scaling: float | None,
+    dropout: float,
+    softcap: float | None,
+) -> Tensor:
+    if softcap is None:
+        # CUDA's fused kernels group the heads by themselves; on the CPU that path is slower than repeating them.
+        grouped = query.shape[1] != key.shape[1]
+        if grouped and not query.is_cuda:
+            groups = query.shape[1] // key.shape[1]
+            key, value, grouped = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), False
+        return functional.scaled_dot_product_attention(
+            query, key, value, mask, dropout, is_causal, scale=scaling, enable_gqa=grouped
+        )
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = softcap * torch.tanh(scores / softcap)
+    if is_causal:
+        mask = _sliding_causal_mask(query.shape[2], query.shape[2], query.device)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    weights = functional.dropout(scores.softmax(-1, dtype=torch.float32).to(query.dtype), dropout)
+    return weights @ value
+
+
+def _sliding_causal_mask(length: int, window: int, device: torch.device) -> Tensor:
+    """(length, length), true where a query may look: not ahead, and less than ``window`` back."""
+    position = torch.arange(length, device=device)
+    distance = position[:, None] - position[None, :]
+    return (distance >= 0) & (distance < window)
+
+
+def use_document_attention(model: PreTrainedModel) -> bool:
+    """Switch a model to :func:`document_attention` where its family allows another attention function.
+
+    Returns:
+        Whether it was switched. If not, packed batches must rely on the mask that transformers derives from
+        ``position_ids``.
+    """
+    if not model._supports_attention_backend or model.config.model_type in _UNSUPPORTED_MODEL_TYPES:
+        return False
+    model.set_attn_implementation(DOCUMENT_ATTENTION)
+    return True
+
+
+def packed_attention_arguments(
+    input_ids: Tensor, document_lengths: tuple[int, ...]
+) -> dict[str, Tensor | tuple[int, ...]]:
+    """Arguments for a model's forward that isolate packed documents under :func:`document_attention`.
+
+    transformers hands a four-dimensional ``attention_mask`` to the attention function as it is, so an empty one
+    keeps it from building the dense mask that nothing here reads.
+    """
+    return {"attention_mask": input_ids.new_empty((1, 1, 0, 0)), "document_lengths": document_lengths}
+
+
+AttentionInterface.register(DOCUMENT_ATTENTION, document_attention)
+AttentionMaskInterface.register(DOCUMENT_ATTENTION, sdpa_mask)

@@ -1,0 +1,330 @@
+"""Bases and adapters: the one place that knows the order of quantise, prepare, attach, save, load and merge."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from lightning_qlora.pretrained import resolve_pretrained
+
+__all__ = [
+    "Quantization",
+    "attach_adapters",
+    "compute_dtype",
+    "enable_activation_checkpointing",
+    "load_adapter",
+    "load_base_model",
+    "merge_adapter",
+    "nf4",
+    "read_adapter_base",
+    "resolve_quantization",
+    "save_adapter",
+    "untrained_token_ids",
+]
+
+Quantization = BitsAndBytesConfig | Literal["nf4", "int8"] | None
+"""``"nf4"``: 4-bit NormalFloat with double quantisation; ``"int8"``: LLM.int8(); ``None``: not quantised."""
+
+
+def compute_dtype(device: torch.device | None = None) -> torch.dtype:
+    """Return the dtype that products run in: bfloat16 or float16 on a GPU, float32 on a CPU.
+
+    CPUs stay in float32 even where they have bfloat16 instructions: without AVX512-BF16 that dtype is tens of times
+    slower, and float32 keeps a run reproducible from one machine to the next.
+
+    Args:
+        device: Where the model will run; ``None`` for the current accelerator, if any.
+    """
+    on_gpu = torch.cuda.is_available() if device is None else device.type == "cuda"
+    if not on_gpu:
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def nf4(dtype: torch.dtype | None = None) -> BitsAndBytesConfig:
+    """Return the quantisation of QLoRA (arXiv:2305.14314): NF4 weights with doubly quantised constants."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype or compute_dtype(),
+    )
+
+
+def resolve_quantization(quantization: Quantization, dtype: torch.dtype | None = None) -> BitsAndBytesConfig | None:
+    """Turn the short names of :data:`Quantization` into transformers' configuration."""
+    if quantization == "nf4":
+        return nf4(dtype)
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if quantization is not None and not isinstance(quantization, BitsAndBytesConfig):
+        raise ValueError(
+            f"quantization is {quantization!r}; allowed are 'nf4', 'int8', null, or the options of "
+            "transformers.BitsAndBytesConfig, for instance {load_in_4bit: true, bnb_4bit_quant_type: fp4}."
+        )
+    return quantization
+
+
+def load_base_model(
+    model_name: str,
+    *,
+    revision: str | None = None,
+    quantization: Quantization = "nf4",
+    dtype: torch.dtype | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> PreTrainedModel:
+    """Load a frozen causal language model, quantised while it loads, onto the current device.
+
+    The result gives what ``peft.prepare_model_for_kbit_training`` promises without its float32 copies of embedding
+    and head (2.1 GB for an 8B model): nothing of the base is trainable, and the norms are stable because every
+    supported family computes them in float32 whatever the dtype of their weights.
+
+    Args:
+        model_name: Anything that :func:`lightning_qlora.pretrained.resolve_pretrained` takes.
+        revision: Branch, tag or commit of a hub id.
+        quantization: How the linear layers are stored.
+        dtype: Of everything that is not quantised; ``None`` chooses by hardware.
+        attn_implementation: transformers' name of an attention function; ``None`` for the model's default.
+        trust_remote_code: Whether Python code of the repository may run.
+        model_kwargs: Further arguments of ``AutoModelForCausalLM.from_pretrained``.
+
+    Raises:
+        ValueError: If the base does not exist or is not in safetensors.
+        MisconfigurationException: If no kernel can run the quantisation here.
+    """
+    dtype = dtype or compute_dtype()
+    config = resolve_quantization(quantization, dtype)
+    source = resolve_pretrained(model_name)
+    kwargs: dict[str, Any] = {
+        "revision": revision,
+        "dtype": dtype,
+        "attn_implementation": attn_implementation,
+        "trust_remote_code": trust_remote_code,
+        "use_safetensors": True,  # other formats are pickles, which execute code
+        **(model_kwargs or {}),
+    }
+    if config is not None:
+        _check_kernels(config)
+        kwargs["quantization_config"] = _matching_compute_dtype(config, dtype)
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
+        kwargs.setdefault("device_map", {"": device})
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(source, **kwargs)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"The base {model_name!r} could not be loaded: {str(error).strip()}\nWrite the folder of a causal language "
+            "model saved as safetensors, package:NAME, a .gguf file, or a Hugging Face id that this machine can reach."
+        ) from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    model.requires_grad_(False)
+    _keep_cpu_weights_trainable(model)
+    return model
+
+
+def _check_kernels(config: BitsAndBytesConfig) -> None:
+    """8-bit needs CUDA's integer kernels; 4-bit runs on CPUs and GPUs, not on Apple's."""
+    if config.load_in_8bit and not torch.cuda.is_available():
+        raise MisconfigurationException(
+            "quantization asks for 8-bit weights (LLM.int8()), which trains on CUDA GPUs only, and none is visible. "
+            "Write quantization: nf4, which has CPU kernels, or quantization: null."
+        )
+
+
+def _matching_compute_dtype(config: BitsAndBytesConfig, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """Fill in the compute dtype where the user named none: bitsandbytes' own default, float32, is slow on GPUs."""
+    if config.load_in_4bit and config.bnb_4bit_compute_dtype is torch.float32 and dtype is not torch.float32:
+        config = BitsAndBytesConfig(**{**config.to_dict(), "bnb_4bit_compute_dtype": dtype})
+    return config
+
+
+def _keep_cpu_weights_trainable(model: nn.Module) -> None:
+    """Forbid bitsandbytes to repack 4-bit weights in place on CPUs with AVX512-BF16.
+
+    Its first no-grad forward there turns the weights into a layout whose kernel has no backward pass, so that a
+    validation before training would break training.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def attach_adapters(model: PreTrainedModel, lora: PeftConfig, *, token_ids_to_train: Iterable[int] = ()) -> PeftModel:
+    """Add trainable adapters in float32 to a frozen base and put the whole into training mode.
+
+    Training mode matters: transformers checkpoints activations, and applies dropout, only in modules that train, and
+    loading leaves them in evaluation mode.
+
+    Args:
+        model: The base.
+        lora: PEFT's configuration. With tied embeddings, naming the embedding or the head in ``modules_to_save``
+            trains one shared matrix, as the base has it.
+        token_ids_to_train: Rows of the embedding to train besides, for control tokens that the base does not know.
+
+    Raises:
+        ValueError: If the targets match nothing, with the names that exist.
+    """
+    if isinstance(lora, LoraConfig):
+        lora = _with_trainable_tokens(_with_tied_embeddings(lora, model), sorted(set(token_ids_to_train)))
+    try:
+        with warnings.catch_warnings():
+            # PEFT asks whether tied weights were meant to part; _with_tied_embeddings has just answered that.
+            warnings.filterwarnings("ignore", message=".*ensure_weight_tying.*")
+            peft_model = get_peft_model(model, lora)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"PEFT cannot attach these adapters: {error}\nLinear layers of this base are: "
+            f"{', '.join(_linear_layer_names(model))}. Write target_modules: all-linear, or some of these names."
+        ) from error
+    peft_model.train()
+    return peft_model
+
+
+def _with_tied_embeddings(lora: LoraConfig, model: PreTrainedModel) -> LoraConfig:
+    """Keep embedding and head one matrix when a base ties them and one of them is to be trained in full."""
+    tied = bool(getattr(model.config, "tie_word_embeddings", False))
+    named = {name.rsplit(".", 1)[-1] for name in lora.modules_to_save or ()}
+    if not (tied and named & _embedding_names(model)) or lora.ensure_weight_tying:
+        return lora
+    return LoraConfig(**{**_config_arguments(lora), "ensure_weight_tying": True})
+
+
+def _with_trainable_tokens(lora: LoraConfig, token_ids: list[int]) -> LoraConfig:
+    if not token_ids:
+        return lora
+    given = lora.trainable_token_indices
+    if isinstance(given, Mapping):
+        raise ValueError(
+            f"trainable_token_indices names its layers ({', '.join(given)}), so the tokens {token_ids} cannot be added "
+            "by themselves. Add them there, or write a plain list."
+        )
+    merged = sorted(set(given or ()) | set(token_ids))
+    return LoraConfig(**{**_config_arguments(lora), "trainable_token_indices": merged})
+
+
+def _config_arguments(lora: LoraConfig) -> dict[str, Any]:
+    fields = LoraConfig.__dataclass_fields__
+    return {name: getattr(lora, name) for name, field in fields.items() if field.init}
+
+
+def _embedding_names(model: PreTrainedModel) -> set[str]:
+    wanted = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+    return {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if id(module) in wanted}
+
+
+def _linear_layer_names(model: nn.Module) -> list[str]:
+    names = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    return sorted({name.rsplit(".", 1)[-1] for name in names})
+
+
+def enable_activation_checkpointing(model: PeftModel) -> None:
+    """Recompute each decoder layer's activations in the backward pass instead of keeping them.
+
+    Non-reentrant checkpointing finds the trainable parameters by itself, so that the frozen embedding's output need
+    not require a gradient.
+    """
+    base = model.get_base_model()
+    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    base.config.use_cache = False
+
+
+def untrained_token_ids(model: PreTrainedModel, token_ids: Iterable[int]) -> list[int]:
+    """Find the tokens whose embedding row the base has never trained.
+
+    A base model often carries the control tokens of its chat sibling as rows that were never updated. Such a row is
+    near zero, or the exact copy of another row, or the mean of all rows (how transformers fills new ones).
+
+    Args:
+        model: The base, before adapters are attached.
+        token_ids: The tokens to look at.
+
+    Returns:
+        Those that look untrained, and those beyond the end of the embedding.
+    """
+    weight_VD = model.get_input_embeddings().weight.detach()
+    wanted = sorted(set(token_ids))
+    inside = [i for i in wanted if i < weight_VD.shape[0]]
+    outside = [i for i in wanted if i >= weight_VD.shape[0]]
+    if not inside:
+        return outside
+    norms_V = weight_VD.float().norm(dim=1)
+    mean_D = weight_VD.mean(dim=0, dtype=torch.float32)
+    rows = weight_VD[inside]
+    near_zero = norms_V[inside] < 0.1 * norms_V.median()
+    is_mean = (rows.float() - mean_D).norm(dim=1) < 0.05 * norms_V[inside]
+    return outside + [i for i, bad in zip(inside, (near_zero | is_mean | _has_twin(rows)).tolist(), strict=True) if bad]
+
+
+def _has_twin(rows: Tensor) -> Tensor:
+    """For each row, whether another row is exactly equal."""
+    _, inverse, counts = torch.unique(rows, dim=0, return_inverse=True, return_counts=True)
+    return counts[inverse] > 1
+
+
+def save_adapter(model: PeftModel, folder: str | Path) -> None:
+    """Write ``adapter_model.safetensors`` and ``adapter_config.json`` as PEFT itself does; never base weights."""
+    with warnings.catch_warnings():
+        # PEFT asks the hub whether the vocabulary was resized; for a base that is no hub id it only warns.
+        warnings.filterwarnings("ignore", message="Could not find a config file in")
+        model.save_pretrained(str(folder), save_embedding_layers=False, safe_serialization=True)
+
+
+def load_adapter(
+    model: PreTrainedModel, folder: str | Path, *, is_trainable: bool = False, name: str = "default"
+) -> PeftModel:
+    """Attach the adapter of a PEFT folder to its base.
+
+    Raises:
+        ValueError: If the folder is not a PEFT folder in safetensors, or tensors are missing or left over.
+    """
+    folder = Path(folder)
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / file).is_file():
+            raise ValueError(
+                f"{str(folder)!r} is no adapter folder: it holds no {file}. Write the folder that AdapterCheckpoint "
+                "or PEFT's save_pretrained made."
+            )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        peft_model = PeftModel.from_pretrained(model, str(folder), adapter_name=name, is_trainable=is_trainable)
+    missing = [str(w.message) for w in caught if "missing adapter keys" in str(w.message)]
+    if missing:
+        raise ValueError(f"The adapter in {str(folder)!r} does not fit this base: {missing[0][:400]}")
+    return peft_model
+
+
+def merge_adapter(model: PeftModel) -> PreTrainedModel:
+    """Fold the adapters into the base's weights and return the plain model (unquantised bases only).
+
+    Raises:
+        MisconfigurationException: If the base is quantised: rounding the merged weights to 4 bits again changes them
+            far more than the merge itself. Load the base with ``quantization=None`` first.
+    """
+    if getattr(model.get_base_model(), "is_quantized", False):
+        raise MisconfigurationException(
+            "The base is quantised, and merging into quantised weights rounds them a second time. Load it with "
+            "quantization=None, attach the adapter with load_adapter, and merge then."
+        )
+    return model.merge_and_unload()
+
+
+def read_adapter_base(folder: str | Path) -> tuple[str, str | None]:
+    """Return the base's name and revision that an adapter folder was trained on."""
+    config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
+    return config["base_model_name_or_path"], config.get("revision")
