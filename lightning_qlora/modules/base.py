@@ -1,0 +1,370 @@
+"""What every fine-tuning module shares: the 4-bit base with adapters, the optimizer, and exact normalisation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.plugins.precision import BitsandbytesPrecision
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from peft import LoraConfig, PeftConfig, PeftModel
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import BitsAndBytesConfig, GenerationConfig
+from typing_extensions import override
+
+from lightning_qlora.kernels.attention import use_document_attention
+from lightning_qlora.model import (
+    Quantization,
+    attach_adapters,
+    enable_activation_checkpointing,
+    load_adapter,
+    load_base_model,
+    untrained_token_ids,
+)
+from lightning_qlora.modules.lr_schedulers import WarmupCosine
+from lightning_qlora.schema import ChatDataModule, PromptBatch
+
+__all__ = ["CausalLMModule"]
+
+CHECKPOINT_KEY = "lightning_qlora"
+_CHECKPOINT_FORMAT = 1
+
+
+class CausalLMModule(L.LightningModule):
+    """A causal language model whose frozen base is 4-bit and whose adapters are trained (QLoRA, arXiv:2305.14314).
+
+    The base is loaded in ``configure_model``, on each rank's own device, so that building the module is free. Its
+    checkpoints hold the trained tensors only. Subclasses say what a step computes; they return the *sum* of their
+    loss and report its token count to :meth:`count_tokens`, and the gradient is divided once per optimizer step by
+    the count of the whole step, over all micro-batches and ranks.
+
+    Args:
+        model_name: The base: a Hugging Face id, a folder, a .gguf file, or package:NAME for a GGUF file that an
+            installed Python package carries.
+        revision: Branch, tag or commit of a Hugging Face id. Pin it to get the same base every time.
+        adapter: A PEFT folder to continue from, instead of fresh adapters. Its own configuration then counts, not
+            ``lora``.
+        lora: PEFT's adapter configuration; every option of peft.LoraConfig works (DoRA, rsLoRA, rank patterns,
+            modules_to_save, trainable_token_indices, initialisations).
+        quantization: How the base is stored. nf4 is 4-bit with double quantisation, int8 is LLM.int8(), null is none;
+            or the options of transformers.BitsAndBytesConfig.
+        optimizer: Builds the optimizer from the trainable parameters.
+        lr: Learning rate. When given it replaces the optimizer's own; the learning rate finder sets it.
+        lr_scheduler: Builds the schedule, stepped once per optimizer step, from (optimizer, total steps); null for a
+            constant rate.
+        activation_checkpointing: Keep all activations (none), or recompute each layer in the backward pass (full),
+            which takes far less memory and about a third more time.
+        untrained_tokens: What to do when the chat template writes control tokens that the base was never trained on:
+            refuse, train their embedding rows (auto), or go on regardless (ignore).
+        dtype: Of everything that is not quantised: float32, bfloat16 or float16; null chooses by hardware.
+        attn_implementation: transformers' name of an attention function; null for the one that keeps packed documents
+            apart without a dense mask.
+        trust_remote_code: Whether Python code from the base's repository may run. Off unless you trust it.
+        max_new_tokens: Longest answer of ``predict``, in tokens.
+        model_kwargs: Further arguments of transformers' from_pretrained.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        *,
+        revision: str | None = None,
+        adapter: str | None = None,
+        lora: PeftConfig = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),  # noqa: B008
+        quantization: BitsAndBytesConfig | Literal["nf4", "int8"] | None = "nf4",
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=2e-4, weight_decay=0.0, fused=True),
+        lr: float | None = None,
+        lr_scheduler: Callable[[Optimizer, int], LRScheduler] | None = WarmupCosine,
+        activation_checkpointing: Literal["none", "full"] = "full",
+        untrained_tokens: Literal["refuse", "auto", "ignore"] = "refuse",
+        dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+        attn_implementation: str | None = None,
+        trust_remote_code: bool = False,
+        max_new_tokens: int = 256,
+        model_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        _check_choice("activation_checkpointing", activation_checkpointing, ("none", "full"))
+        _check_choice("untrained_tokens", untrained_tokens, ("refuse", "auto", "ignore"))
+        # Objects do not go into checkpoints, which are read without pickle; what identifies them does, as plain
+        # data, in on_save_checkpoint.
+        self.save_hyperparameters(ignore=["lora", "quantization", "optimizer", "lr_scheduler"])
+        self.model_name = model_name
+        self.revision = revision
+        self.adapter = adapter
+        self.lora = lora
+        self.quantization: Quantization = quantization
+        self.optimizer = optimizer
+        self.lr = lr
+        self.lr_scheduler = lr_scheduler
+        self.activation_checkpointing = activation_checkpointing
+        self.untrained_tokens = untrained_tokens
+        self.base_dtype: torch.dtype | None = getattr(torch, dtype) if dtype else None
+        self.attn_implementation = attn_implementation
+        self.trust_remote_code = trust_remote_code
+        self.max_new_tokens = max_new_tokens
+        self.model_kwargs = model_kwargs or {}
+
+        self.strict_loading = False  # checkpoints hold adapters only; on_load_checkpoint checks the keys instead
+        self.model: PeftModel | None = None
+        self.stop_token_ids: tuple[int, ...] = ()
+        self.isolates_documents = False
+        self._adapter_keys: frozenset[str] = frozenset()
+        self._window_loss: Tensor | None = None
+        self._window_tokens = 0
+
+    # Building
+
+    @override
+    def setup(self, stage: str) -> None:
+        _check_precision(self.trainer)
+
+    @override
+    def configure_model(self) -> None:
+        if self.model is not None:  # Lightning calls this hook again for each stage
+            return
+        base = load_base_model(
+            self.model_name,
+            revision=self.revision,
+            quantization=self.quantization,
+            dtype=self.base_dtype,
+            attn_implementation=self.attn_implementation,
+            trust_remote_code=self.trust_remote_code,
+            model_kwargs=self.model_kwargs,
+        )
+        if self.attn_implementation is None:
+            self.isolates_documents = use_document_attention(base)
+        if not self.isolates_documents:
+            rank_zero_info(
+                f"{type(base).__name__} keeps packed documents apart by the dense mask of its own attention, whose "
+                "size grows with the square of the batch's tokens."
+            )
+        data = self._chat_data()
+        if self.adapter is not None:
+            self.model = load_adapter(base, self.adapter, is_trainable=True).train()
+        else:
+            tokens = self._tokens_to_train(base, data.control_token_ids if data is not None else ())
+            self.model = attach_adapters(base, self.lora, token_ids_to_train=tokens)
+        if self.activation_checkpointing == "full":
+            enable_activation_checkpointing(self.model)
+        self._set_stop_tokens(base, data.stop_token_ids if data is not None else ())
+        # Names are taken before a strategy wraps anything; wrapping renames parameters but not state_dict keys.
+        self._adapter_keys = frozenset(name for name, p in self.named_parameters() if p.requires_grad)
+        self.on_model_built()
+
+    def on_model_built(self) -> None:
+        """Hook for subclasses: ``self.model`` has just been built and is not wrapped yet."""
+
+    def _chat_data(self) -> ChatDataModule | None:
+        data = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
+        return data if isinstance(data, ChatDataModule) else None
+
+    def _tokens_to_train(self, base: nn.Module, control_token_ids: Iterable[int]) -> list[int]:
+        """Find control tokens that the base does not know, and refuse or return them."""
+        if self.untrained_tokens == "ignore":
+            return []
+        given = getattr(self.lora, "trainable_token_indices", None) or ()
+        in_full = set(getattr(self.lora, "modules_to_save", None) or ())
+        unknown = [i for i in untrained_token_ids(base, control_token_ids) if i not in set(given)]
+        if not unknown or in_full & {"embed_tokens", "lm_head", "wte", "embed_in"}:
+            return []
+        if self.untrained_tokens == "auto":
+            rank_zero_info(f"Training the embedding rows of {len(unknown)} control tokens new to this base: {unknown}.")
+            return unknown
+        data = self._chat_data()
+        names = data.tokenizer.convert_ids_to_tokens(unknown) if data is not None else unknown
+        raise MisconfigurationException(
+            f"The chat template writes control tokens that {self.model_name!r} was never trained on: "
+            f"{', '.join(map(repr, names))}. Adapters alone cannot teach them. Write --model.untrained_tokens=auto, or "
+            f"--model.lora.trainable_token_indices={unknown}, or --model.lora.modules_to_save=[embed_tokens,lm_head], "
+            "or use a base whose own template these tokens belong to."
+        )
+
+    def _set_stop_tokens(self, base: Any, trained: Iterable[int]) -> None:
+        """Let generation stop at every terminator that training teaches, besides those the base already has."""
+        known = base.generation_config.eos_token_id
+        known = [] if known is None else [known] if isinstance(known, int) else list(known)
+        self.stop_token_ids = tuple(dict.fromkeys([*trained, *known]))
+        if self.stop_token_ids:
+            base.generation_config.eos_token_id = list(self.stop_token_ids)
+
+    @override
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        if self.lr is not None:
+            for group in optimizer.param_groups:
+                group["lr"] = self.lr
+        if self.lr_scheduler is None:
+            return optimizer
+        total_steps = self.trainer.estimated_stepping_batches
+        if not isinstance(total_steps, int):
+            raise MisconfigurationException(
+                "The learning rate schedule needs to know where it ends, and this run has no last step. Write "
+                "--trainer.max_steps or --trainer.max_epochs, or --model.lr_scheduler=null."
+            )
+        scheduler = self.lr_scheduler(optimizer, max(1, total_steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # Exact normalisation
+
+    def count_tokens(self, loss_sum: Tensor, num_tokens: int) -> None:
+        """Add one micro-batch to the running optimizer step: its summed loss and how many tokens it sums over."""
+        loss_sum = loss_sum.detach().float()
+        self._window_loss = loss_sum if self._window_loss is None else self._window_loss + loss_sum
+        self._window_tokens += num_tokens
+
+    @override
+    def on_train_epoch_start(self) -> None:
+        self._window_loss, self._window_tokens = None, 0
+
+    @override
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Turn the gradient of summed losses into that of the mean over all supervised tokens of the step.
+
+        Lightning has divided each loss by ``accumulate_grad_batches`` (also in a short last window) and the strategy
+        averages over ranks; a mean of such means is off by over 20 % on ragged batches (huggingface/transformers#34191,
+        Lightning-AI/pytorch-lightning#20350). This hook runs before gradients are clipped.
+        """
+        if self._window_loss is None:
+            return
+        totals = torch.stack([self._window_loss, self._window_loss.new_tensor(float(self._window_tokens))])
+        self._window_loss, self._window_tokens = None, 0
+        if self.trainer.world_size > 1:
+            totals = self.trainer.strategy.reduce(totals, reduce_op="sum")
+        loss_sum, num_tokens = totals[0], totals[1].clamp(min=1.0)
+        scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / num_tokens
+        for group in optimizer.param_groups:
+            gradients = [p.grad for p in group["params"] if p.grad is not None]
+            if gradients:
+                torch._foreach_mul_(gradients, scale)
+        self.log("train_loss", loss_sum / num_tokens, prog_bar=True)
+
+    # Checkpoints: adapters only
+
+    @override
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return the trained tensors only: everything else is the base, which is loaded by name."""
+        prefix: str = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+        state: dict[str, Any] = super().state_dict(*args, **kwargs)
+        keep = {prefix + name for name in self._adapter_keys}
+        for name in [name for name in state if name.startswith(prefix) and name not in keep]:
+            del state[name]  # in place: sharded strategies hold the same dictionary
+        return state
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[CHECKPOINT_KEY] = {
+            "format": _CHECKPOINT_FORMAT,
+            "model_name": self.model_name,
+            "revision": self.revision,
+            "adapter_keys": sorted(self._adapter_keys),
+        }
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of other adapters; non-strict loading alone would accept one without a single match."""
+        if CHECKPOINT_KEY not in checkpoint:
+            raise ValueError(
+                "This checkpoint was not written by lightning_qlora: it does not name its adapters. Write the path of "
+                "a checkpoint that fit made, or start afresh without ckpt_path."
+            )
+        saved = frozenset(checkpoint[CHECKPOINT_KEY]["adapter_keys"])
+        if saved != self._adapter_keys:
+            missing, extra = sorted(self._adapter_keys - saved), sorted(saved - self._adapter_keys)
+            raise ValueError(
+                f"The checkpoint's adapters are not this run's: {len(missing)} tensors are missing in it"
+                f"{_example(missing)}, {len(extra)} are left over{_example(extra)}. Use the lora options and the base "
+                f"({checkpoint[CHECKPOINT_KEY]['model_name']!r}) that it was trained with."
+            )
+
+    # Generation
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        *,
+        max_new_tokens: int | None = None,
+        **sampling: Any,
+    ) -> list[list[int]]:
+        """Continue prompts, greedily unless ``sampling`` says otherwise, until a stop token.
+
+        Args:
+            input_ids: (B, L) int64 prompts, padded on the left.
+            attention_mask: (B, L) int64, 0 for padding.
+            max_new_tokens: Longest answer; ``None`` for the module's own bound.
+            sampling: Options of ``transformers.GenerationConfig``, such as do_sample, temperature, top_p.
+
+        Returns:
+            B lists of the new token ids, without the stop token.
+        """
+        assert self.model is not None, "configure_model has not run"
+        stop = list(self.stop_token_ids)
+        pad = stop[-1] if stop else 0  # what finished rows are filled with; trimmed below
+        config = GenerationConfig(
+            max_new_tokens=max_new_tokens or self.max_new_tokens,
+            eos_token_id=stop or None,
+            pad_token_id=pad,
+            use_cache=True,
+            **{"do_sample": False, **sampling},
+        )
+        training = self.model.training
+        self.model.eval()
+        try:
+            output = self.model.generate(
+                input_ids=input_ids.to(self.device),
+                attention_mask=attention_mask.to(self.device),
+                generation_config=config,
+            )
+        finally:
+            self.model.train(training)
+        return [_until_stop(row, stop) for row in output[:, input_ids.shape[1] :].tolist()]
+
+    @override
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """Answer a batch of questions: the rows as they were read, each with its ``answer``."""
+        answers = self.generate(batch["input_ids"], batch["attention_mask"])
+        data = self._chat_data()
+        if data is None:
+            raise MisconfigurationException(
+                "predict needs a data module with a tokenizer, such as SFTDataModule, to turn tokens into text."
+            )
+        texts = data.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        return [{**row, "answer": text} for row, text in zip(batch["rows"], texts, strict=True)]
+
+
+def _until_stop(tokens: list[int], stop: list[int]) -> list[int]:
+    return next((tokens[:i] for i, token in enumerate(tokens) if token in stop), tokens)
+
+
+def _example(names: list[str]) -> str:
+    return f" (for instance {names[0]})" if names else ""
+
+
+def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; allowed are {', '.join(allowed)}.")
+
+
+def _check_precision(trainer: L.Trainer) -> None:
+    """Refuse the precisions that break QLoRA before anything is loaded."""
+    if isinstance(trainer.precision_plugin, BitsandbytesPrecision):
+        raise MisconfigurationException(
+            "BitsandbytesPrecision quantises lora_A, lora_B and the head too and leaves nothing to train. Remove the "
+            "plugin: the module's quantization option quantises the base. Write --trainer.precision=bf16-mixed."
+        )
+    if str(trainer.precision).endswith("-true") and trainer.precision not in ("32-true", "64-true"):
+        raise MisconfigurationException(
+            f"precision {trainer.precision!r} would round the adapters to 16 bits, which loses about half of their "
+            "updates. Write bf16-mixed (or 16-mixed on GPUs without bfloat16; 32-true on a CPU): the base stays 4-bit."
+        )
+    if trainer.precision in ("bf16-mixed", "16-mixed") and trainer.strategy.root_device.type == "cpu":
+        rank_zero_warn(f"precision {trainer.precision!r} on a CPU can be many times slower than 32-true.")
