@@ -1,0 +1,211 @@
+"""Documents -> batches: packed without padding, padded on the right, and prompts padded on the left.
+
+All index arithmetic that the loss and the attention need happens here, on the host and in the loader's workers,
+so that a training step never waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from lightning_qlora.schema import IGNORE_INDEX, PromptBatch, SFTBatch, TokenizedRow
+
+__all__ = [
+    "Document",
+    "PackedCollator",
+    "PaddedCollator",
+    "PromptCollator",
+    "expand_spans",
+    "spans_of",
+]
+
+FILLER_ROW_ID = -1
+
+
+class Document(NamedTuple):
+    """One row as the prepared data set keeps it.
+
+    Attributes:
+        input_ids: (T,) token ids.
+        supervised: (S, 2) half-open spans ``[start, end)`` of the supervised tokens, ascending.
+        row_id: Its number in the prepared data set; -1 for a filler.
+    """
+
+    input_ids: npt.NDArray[np.integer]
+    supervised: npt.NDArray[np.integer]
+    row_id: int
+
+    @classmethod
+    def from_row(cls, row: TokenizedRow, row_id: int) -> Document:
+        """Convert a row that :class:`~lightning_qlora.data.chat_template.ChatTemplate` encoded."""
+        return cls(np.asarray(row.input_ids, dtype=np.int32), spans_of(row.supervised), row_id)
+
+    @classmethod
+    def filler(cls, token_id: int = 0) -> Document:
+        """Return a document of one token that supervises nothing, so it adds exactly zero to loss and gradients."""
+        return cls(np.asarray([token_id], dtype=np.int32), np.empty((0, 2), dtype=np.int32), FILLER_ROW_ID)
+
+
+def spans_of(supervised: Sequence[bool] | npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:
+    """Return the (S, 2) half-open spans of true values: ``[F, T, T, F, T]`` -> ``[[1, 3], [4, 5]]``."""
+    flags = np.zeros(len(supervised) + 2, dtype=np.int8)
+    flags[1:-1] = supervised
+    return np.flatnonzero(np.diff(flags)).astype(np.int32).reshape(-1, 2)
+
+
+def expand_spans(spans: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
+    """Return every index inside the spans: ``[[1, 3], [4, 5]]`` -> ``[1, 2, 4]``."""
+    starts = spans[:, 0].astype(np.int64)
+    counts = spans[:, 1].astype(np.int64) - starts
+    before = np.cumsum(counts) - counts
+    indices: npt.NDArray[np.int64] = np.arange(int(counts.sum()), dtype=np.int64) + np.repeat(starts - before, counts)
+    return indices
+
+
+class PackedCollator:
+    """Lay documents one after the other into one flat row: no padding, and no document sees another.
+
+    Args:
+        pad_to_multiple_of: Round the token count up with a filler document of its own (``row_id`` -1, nothing
+            supervised), for kernels and compiled graphs that like round shapes.
+        pad_token_id: The token of that filler.
+
+    Three documents of 3, 2 and 4 tokens become::
+
+        input_ids     a a a b b c c c c
+        position_ids  0 1 2 0 1 0 1 2 3
+        cu_seq_lens   0     3   5       9
+    """
+
+    def __init__(self, *, pad_to_multiple_of: int | None = None, pad_token_id: int = 0) -> None:
+        self.pad_to_multiple_of = _check_multiple(pad_to_multiple_of)
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, documents: Sequence[Document]) -> SFTBatch:
+        """Return the packed batch of the documents, in their order."""
+        documents = [*documents, *self._filler(sum(len(d.input_ids) for d in documents))]
+        lengths = np.asarray([len(d.input_ids) for d in documents], dtype=np.int64)
+        bounds = np.concatenate(([0], np.cumsum(lengths)))
+        ids_T = np.concatenate([d.input_ids for d in documents]).astype(np.int64)
+        position_T = np.arange(len(ids_T), dtype=np.int64) - np.repeat(bounds[:-1], lengths)
+        labels_BL, positions_N, targets_N = _supervision(documents, bounds[:-1], ids_T, (1, len(ids_T)))
+        return SFTBatch(
+            input_ids=torch.from_numpy(ids_T)[None],
+            position_ids=torch.from_numpy(position_T)[None],
+            attention_mask=None,
+            cu_seq_lens=torch.from_numpy(bounds.astype(np.int32)),
+            document_lengths=tuple(lengths.tolist()),
+            row_ids=tuple(d.row_id for d in documents),
+            labels=labels_BL,
+            target_positions=positions_N,
+            targets=targets_N,
+        )
+
+    def _filler(self, num_tokens: int) -> list[Document]:
+        missing = -num_tokens % self.pad_to_multiple_of if self.pad_to_multiple_of else 0
+        if not missing:
+            return []
+        ids = np.full(missing, self.pad_token_id, dtype=np.int32)
+        return [Document(ids, np.empty((0, 2), dtype=np.int32), FILLER_ROW_ID)]
+
+
+class PaddedCollator:
+    """Put each document into a row of its own, padded on the right.
+
+    Padding is masked by position, never by token id, so a padding token that equals the end-of-turn token does no
+    harm (huggingface/trl#976).
+
+    Args:
+        pad_to_multiple_of: Round the length of the rows up.
+        pad_token_id: The token written into the padding; nothing depends on it.
+    """
+
+    def __init__(self, *, pad_to_multiple_of: int | None = None, pad_token_id: int = 0) -> None:
+        self.pad_to_multiple_of = _check_multiple(pad_to_multiple_of)
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, documents: Sequence[Document]) -> SFTBatch:
+        """Return the padded batch of the documents, in their order."""
+        lengths = [len(d.input_ids) for d in documents]
+        width = max(lengths)
+        width += -width % self.pad_to_multiple_of if self.pad_to_multiple_of else 0
+        ids_BL = np.full((len(documents), width), self.pad_token_id, dtype=np.int64)
+        mask_BL = np.zeros((len(documents), width), dtype=np.int64)
+        for row, document in enumerate(documents):
+            ids_BL[row, : lengths[row]] = document.input_ids
+            mask_BL[row, : lengths[row]] = 1
+        starts = np.arange(len(documents), dtype=np.int64) * width
+        labels_BL, positions_N, targets_N = _supervision(documents, starts, ids_BL.reshape(-1), ids_BL.shape)
+        return SFTBatch(
+            input_ids=torch.from_numpy(ids_BL),
+            position_ids=torch.arange(width).expand(len(documents), width).contiguous(),
+            attention_mask=torch.from_numpy(mask_BL),
+            cu_seq_lens=None,
+            document_lengths=tuple(lengths),
+            row_ids=tuple(d.row_id for d in documents),
+            labels=labels_BL,
+            target_positions=positions_N,
+            targets=targets_N,
+        )
+
+
+class PromptCollator:
+    """Pad prompts on the left, so that generation continues all of them at the same position.
+
+    Args:
+        pad_token_id: The token written into the padding, masked by position.
+    """
+
+    def __init__(self, *, pad_token_id: int = 0) -> None:
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, prompts: Sequence[tuple[Sequence[int], dict[str, Any]]]) -> PromptBatch:
+        """Return the batch of ``(token ids, question as it was read)`` pairs."""
+        width = max(len(ids) for ids, _ in prompts)
+        ids_BL = torch.full((len(prompts), width), self.pad_token_id, dtype=torch.int64)
+        mask_BL = torch.zeros((len(prompts), width), dtype=torch.int64)
+        for row, (ids, _) in enumerate(prompts):
+            ids_BL[row, width - len(ids) :] = torch.as_tensor(ids, dtype=torch.int64)
+            mask_BL[row, width - len(ids) :] = 1
+        return PromptBatch(input_ids=ids_BL, attention_mask=mask_BL, rows=tuple(question for _, question in prompts))
+
+
+def _supervision(
+    documents: Sequence[Document],
+    starts: npt.NDArray[np.int64],
+    ids_T: npt.NDArray[np.int64],
+    shape: tuple[int, ...],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return labels, the positions that predict, and their targets.
+
+    Args:
+        documents: The K documents.
+        starts: (K,) where each begins among the T flattened positions.
+        ids_T: The flattened token ids.
+        shape: (B, L), of the labels.
+    """
+    spans = [d.supervised.astype(np.int64) + start for d, start in zip(documents, starts, strict=True)]
+    supervised_N = expand_spans(np.concatenate(spans))
+    # Nothing comes before a document's first token to predict it from; the position before it, if there is one,
+    # belongs to another document.
+    supervised_N = supervised_N[~np.isin(supervised_N, starts)]
+    targets_N = ids_T[supervised_N]
+    labels_T = np.full(len(ids_T), IGNORE_INDEX, dtype=np.int64)
+    labels_T[supervised_N] = targets_N
+    return (
+        torch.from_numpy(labels_T.reshape(shape)),
+        torch.from_numpy(supervised_N - 1),
+        torch.from_numpy(targets_N),
+    )
+
+
+def _check_multiple(multiple: int | None) -> int | None:
+    if multiple is not None and multiple < 1:
+        raise ValueError(f"pad_to_multiple_of is {multiple}; write a positive number of tokens, or null for none.")
+    return multiple
