@@ -180,7 +180,7 @@ def attach_adapters(model: PreTrainedModel, lora: PeftConfig, *, token_ids_to_tr
         ValueError: If the targets match nothing, with the names that exist.
     """
     if isinstance(lora, LoraConfig):
-        lora = _with_trainable_tokens(_with_tied_embeddings(lora, model), sorted(set(token_ids_to_train)))
+        lora = _with_trainable_tokens(_with_tied_embeddings(lora, model), model, sorted(set(token_ids_to_train)))
     try:
         with warnings.catch_warnings():
             # PEFT asks whether tied weights were meant to part; _with_tied_embeddings has just answered that.
@@ -204,7 +204,8 @@ def _with_tied_embeddings(lora: LoraConfig, model: PreTrainedModel) -> LoraConfi
     return LoraConfig(**{**_config_arguments(lora), "ensure_weight_tying": True})
 
 
-def _with_trainable_tokens(lora: LoraConfig, token_ids: list[int]) -> LoraConfig:
+def _with_trainable_tokens(lora: LoraConfig, model: PreTrainedModel, token_ids: list[int]) -> LoraConfig:
+    """Train these rows of the embedding, and of the head where it is a matrix of its own."""
     if not token_ids:
         return lora
     given = lora.trainable_token_indices
@@ -214,7 +215,10 @@ def _with_trainable_tokens(lora: LoraConfig, token_ids: list[int]) -> LoraConfig
             "by themselves. Add them there, or write a plain list."
         )
     merged = sorted(set(given or ()) | set(token_ids))
-    return LoraConfig(**{**_config_arguments(lora), "trainable_token_indices": merged})
+    layers = {name: merged for name in sorted(_embedding_names(model))}
+    tied = bool(getattr(model.config, "tie_word_embeddings", False))
+    indices = merged if tied or len(layers) == 1 else layers
+    return LoraConfig(**{**_config_arguments(lora), "trainable_token_indices": indices})
 
 
 def _config_arguments(lora: LoraConfig) -> dict[str, Any]:

@@ -155,7 +155,7 @@ class RowRefused(ValueError):  # noqa: N818 - a verdict on one row, not a failur
 
 @dataclass(frozen=True, slots=True)
 class TokenizedRow:
-    """One document ready for training.
+    r"""One document ready for training.
 
     Attributes:
         input_ids: The token ids, T of them.
@@ -165,8 +165,8 @@ class TokenizedRow:
 
     A two-turn chat, with the supervised tokens marked::
 
-        <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHello!<|im_end|>\\n
-                                                                ^^^^^^^^^^^^^^^^
+        <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>\n
+                                                              ^^^^^^^^^^^^^^^^
     """
 
     input_ids: list[int]

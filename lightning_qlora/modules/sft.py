@@ -101,7 +101,9 @@ class SFTModule(CausalLMModule):
                 metrics[name].update(value, weight=loss.num_tokens)  # type: ignore[index, operator]
         for name, metric in metrics.items():  # type: ignore[operator]
             if (stage, name) != ("train", "loss"):  # logged per optimizer step by the base class
-                self.log(f"{stage}_{name}", metric, on_step=False, on_epoch=True, prog_bar=(stage, name) == ("val", "loss"))
+                self.log(
+                    f"{stage}_{name}", metric, on_step=False, on_epoch=True, prog_bar=(stage, name) == ("val", "loss")
+                )
         return loss
 
     @override

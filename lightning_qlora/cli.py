@@ -1,0 +1,226 @@
+"""The command line: LightningCLI with a quantised default, plus one subcommand per tool."""
+
+from __future__ import annotations
+
+import inspect as python_inspect
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import lightning as L
+import torch
+from docstring_parser import parse as parse_docstring
+from lightning.pytorch.callbacks import Callback, ModelSummary
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from typing_extensions import override
+
+from lightning_qlora.callbacks import AdapterCheckpoint, PerformanceMonitor, PredictionWriter, RunGuard, RunSummary
+from lightning_qlora.modules import CausalLMModule
+from lightning_qlora.tools import TOOLS
+
+__all__ = ["QLoRACLI", "main"]
+
+TRACEBACK_VARIABLE = "LIGHTNING_QLORA_TRACEBACK"
+
+_PREDICTIONS = "predictions.jsonl"
+
+# What `fit` does beside training unless the configuration brings its own callback of that kind.
+_DEFAULT_CALLBACKS: tuple[type[Callback], ...] = (AdapterCheckpoint, RunGuard, PerformanceMonitor, RunSummary)
+
+
+class _ArgumentParser(LightningArgumentParser):
+    """Says what is wrong in one message; LightningCLI prints the hundred options of the usage first."""
+
+    @override
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        parser = getattr(ex, "subcommand_parser", None) or self
+        program = parser.prog.replace(" [options]", "")
+        self.exit(2, f"error: {message}\nAll options: {program} --help\n")
+
+
+class QLoRACLI(LightningCLI):
+    """LightningCLI for QLoRA: any LightningModule and LightningDataModule of the package, SFT by default.
+
+    Args:
+        args: Command line arguments; ``None`` for those of the process.
+        run: Whether to run the subcommand, as in LightningCLI.
+    """
+
+    def __init__(self, args: ArgsType = None, run: bool = True) -> None:
+        super().__init__(
+            CausalLMModule,
+            L.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,  # it would build the optimizer before configure_model made parameters
+            save_config_kwargs={"overwrite": True},  # a requeued job comes back to the same folder
+            seed_everything_default=0,
+            parser_class=_ArgumentParser,
+            args=args,
+            run=run,
+        )
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        quantization = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+        }
+        # The default as options rather than as the short name "nf4", so that each can be overridden by itself.
+        model = {
+            "class_path": "lightning_qlora.modules.SFTModule",
+            "init_args": {"quantization": {"class_path": "transformers.BitsAndBytesConfig", "init_args": quantization}},
+        }
+        parser.set_defaults({"model": model, "data": {"class_path": "lightning_qlora.data.SFTDataModule"}})
+        parser.link_arguments("model.init_args.model_name", "data.init_args.tokenizer")
+        parser.link_arguments("model.init_args.revision", "data.init_args.revision")
+
+    # Tools are subcommands too. The hooks below are LightningCLI's private ones: its public route to a subcommand is
+    # a method of a Trainer subclass, which would make Trainers of other teams unusable.
+
+    @override
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        super()._add_subcommands(parser, **kwargs)
+        for name, tool in TOOLS.items():
+            description = parse_docstring(tool.__doc__ or "").short_description
+            subparser = self.init_parser(description=description)
+            objects = _objects_of_the_run(tool)
+            if objects:
+                self._add_arguments(subparser)
+            self._subcommand_method_arguments[name] = subparser.add_function_arguments(tool, skip=objects)
+            self._subcommand_parsers[name] = subparser
+            parser._subcommands_action.add_subcommand(name, subparser, help=description)
+
+    @override
+    def _parse_ckpt_path(self) -> None:
+        """A checkpoint's hyperparameters do not override those asked for (pytorch-lightning#21455)."""
+
+    @override
+    def _set_seed(self) -> None:
+        if self._get(self.config, "seed_everything") is not None:
+            super()._set_seed()
+
+    @override
+    def instantiate_classes(self) -> None:
+        with warnings.catch_warnings():
+            # jsonargparse passes every option of LoraConfig, also the default one for LoftQ.
+            warnings.filterwarnings("ignore", message="`loftq_config` specified but will be ignored")
+            if self.subcommand in TOOLS and not _objects_of_the_run(TOOLS[self.subcommand]):
+                self.config_init = self.parser.instantiate_classes(self.config)
+            else:
+                super().instantiate_classes()
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        config = self._get(self.config_init, "trainer")
+        choices = {
+            "precision": config.precision or _default_precision(config.accelerator, config.plugins),
+            "logger": _default_logger(config.logger, config.default_root_dir),
+            "callbacks": self._with_default_callbacks(config.callbacks),
+        }
+        if config.max_epochs is None and config.max_steps == -1 and config.max_time is None:
+            choices["max_epochs"] = 3
+        if config.enable_model_summary is None and any(isinstance(c, RunSummary) for c in choices["callbacks"]):
+            choices["enable_model_summary"] = False
+        return super().instantiate_trainer(**{**choices, **kwargs})
+
+    def _with_default_callbacks(self, given: Callback | list[Callback] | None) -> list[Callback]:
+        callbacks = [given] if isinstance(given, Callback) else list(given or ())
+        if self.subcommand == "predict" and not any(isinstance(c, PredictionWriter) for c in callbacks):
+            callbacks.append(PredictionWriter(_PREDICTIONS))
+        if self.subcommand == "fit":
+            enabled = self._get(self.config_init, "trainer").enable_checkpointing is not False
+            for kind in _DEFAULT_CALLBACKS:
+                wanted = kind is not AdapterCheckpoint or enabled
+                if wanted and not any(isinstance(c, (kind, _replacement(kind))) for c in callbacks):
+                    callbacks.append(kind())
+        return callbacks
+
+    @override
+    def _run_subcommand(self, subcommand: str) -> None:
+        if subcommand not in TOOLS:
+            super()._run_subcommand(subcommand)
+            return
+        tool = TOOLS[subcommand]
+        names = self._subcommand_method_arguments[subcommand]
+        arguments = {name: self.config_init[subcommand][name] for name in names}
+        available = {
+            "model": getattr(self, "model", None),
+            "datamodule": getattr(self, "datamodule", None),
+            "trainer": getattr(self, "trainer", None),
+        }
+        tool(**arguments, **{name: available[name] for name in _objects_of_the_run(tool)})
+
+
+def _objects_of_the_run(tool: Callable[..., Any]) -> set[str]:
+    """Which of the run's objects a tool asks for; one that asks for none takes only its own options."""
+    return {"model", "datamodule", "trainer"} & set(python_inspect.signature(tool).parameters)
+
+
+def _replacement(kind: type[Callback]) -> type[Callback]:
+    """Return the callback of Lightning that a user may give instead of one of ours."""
+    return ModelSummary if kind is RunSummary else kind
+
+
+def _default_precision(accelerator: object, plugins: object) -> str | None:
+    """bf16-mixed or 16-mixed on a CUDA GPU, float32 on a CPU; nothing where a plugin may decide."""
+    if plugins is not None:
+        return None
+    on_gpu = torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda")
+    if not on_gpu:
+        return "32-true"
+    return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
+
+
+def _default_logger(logger: Any, default_root_dir: Any) -> Any:
+    """Log to CSV files unless told otherwise: they need nothing installed and open anywhere."""
+    return CSVLogger(default_root_dir or os.getcwd(), name="logs") if logger in (None, True) else logger
+
+
+def _expand_shortcuts(args: list[str]) -> list[str]:
+    """``--optimizer`` and ``--lr_scheduler`` are LightningCLI's usual names for what the module builds here."""
+    full = {"--optimizer": "--model.optimizer", "--lr_scheduler": "--model.lr_scheduler"}
+    expanded = []
+    for argument in args:
+        name, equals, value = argument.partition("=")
+        head, dot, rest = name.partition(".")
+        expanded.append(full.get(head, head) + dot + rest + equals + value)
+    return expanded
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    Mistakes in the configuration or the data end with one message; set ``LIGHTNING_QLORA_TRACEBACK=1`` to see where
+    they were found.
+    """
+    _quiet_libraries()
+    arguments = _expand_shortcuts(sys.argv[1:] if args is None else args)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended to run from within")
+            QLoRACLI(arguments)
+    except (ValueError, MisconfigurationException) as error:
+        if os.environ.get(TRACEBACK_VARIABLE):
+            raise
+        rank_zero_info("")
+        print(f"error: {error}\n(set {TRACEBACK_VARIABLE}=1 to see the traceback)", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _quiet_libraries() -> None:
+    """Drop remarks of libraries that a user of this command cannot act on."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(lambda record: "Tip:" not in record.getMessage())
+    warnings.filterwarnings("ignore", message=".*does not have many workers which may be a bottleneck.*")
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.* is deprecated", category=FutureWarning)
