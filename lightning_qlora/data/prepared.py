@@ -1,0 +1,171 @@
+"""Prepared documents on disk: an Arrow stream that is written once, then memory-mapped by every rank and worker."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from typing_extensions import override
+
+from lightning_qlora.data.collators import Document
+from lightning_qlora.schema import Origin
+
+__all__ = ["DocumentWriter", "PreparedDocuments", "content_digest"]
+
+DOCUMENTS_FILE = "documents.arrow"
+
+SCHEMA = pa.schema(
+    [
+        ("input_ids", pa.list_(pa.int32())),
+        ("supervised", pa.list_(pa.int32())),  # spans: start, end, start, end, ...
+        ("part", pa.int16()),  # which entry of the mix
+        ("source", pa.int32()),  # which file or data set, an index into the names kept beside
+        ("line", pa.int64()),
+        ("digest", pa.uint64()),
+    ]
+)
+
+
+def content_digest(input_ids: npt.NDArray[np.int32]) -> int:
+    """Return 64 bits that are equal for equal token ids: what counts duplicates and splits off the validation rows."""
+    return int.from_bytes(hashlib.blake2b(input_ids.tobytes(), digest_size=8).digest(), "little")
+
+
+class DocumentWriter:
+    """Append documents to an Arrow stream, a record batch at a time, in constant memory.
+
+    Args:
+        path: The file to write; ``datasets.Dataset.from_file`` reads it too.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._sink = pa.OSFile(str(path), "wb")
+        self._writer = pa.ipc.new_stream(self._sink, SCHEMA)
+        self._source_numbers: dict[str, int] = {}
+
+    @property
+    def sources(self) -> list[str]:
+        """The names that the ``source`` column counts."""
+        return list(self._source_numbers)
+
+    def write(self, documents: Sequence[Document], origins: Sequence[Origin], part: int) -> None:
+        """Append the documents of one entry of the mix, in their order."""
+        if not documents:
+            return
+        count = len(documents)
+        sources = [self._source_numbers.setdefault(o.source, len(self._source_numbers)) for o in origins]
+        columns = [
+            _list_array([d.input_ids for d in documents]),
+            _list_array([d.supervised.reshape(-1) for d in documents]),
+            pa.array(np.full(count, part, dtype=np.int16)),
+            pa.array(np.asarray(sources, dtype=np.int32)),
+            pa.array(np.asarray([o.line for o in origins], dtype=np.int64)),
+            pa.array(np.asarray([content_digest(d.input_ids.astype(np.int32)) for d in documents], dtype=np.uint64)),
+        ]
+        self._writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
+
+    def close(self) -> None:
+        """Finish the stream."""
+        self._writer.close()
+        self._sink.close()
+
+
+class PreparedDocuments(Sequence[Document]):
+    """The documents of a prepared data set; token ids stay on disk until a batch needs them.
+
+    Pickles as its path, so that loader workers map the file themselves.
+
+    Args:
+        path: The Arrow stream.
+        sources: The names that its ``source`` column counts.
+    """
+
+    def __init__(self, path: Path, sources: Sequence[str]) -> None:
+        self.path = path
+        self.sources = list(sources)
+        table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+        self._ids = [_list_views(chunk) for chunk in table["input_ids"].chunks]
+        self._spans = [_list_views(chunk) for chunk in table["supervised"].chunks]
+        rows_per_chunk = [len(offsets) - 1 for offsets, _ in self._ids]
+        self._chunk_starts = np.concatenate(([0], np.cumsum(rows_per_chunk, dtype=np.int64)))
+        self._table = table
+
+    @override
+    def __len__(self) -> int:
+        return int(self._chunk_starts[-1])
+
+    @overload
+    def __getitem__(self, index: int) -> Document: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Document]: ...
+    @override
+    def __getitem__(self, index: int | slice) -> Document | list[Document]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        chunk = int(np.searchsorted(self._chunk_starts, index, side="right")) - 1
+        row = index - int(self._chunk_starts[chunk])
+        ids = _row(self._ids[chunk], row)
+        return Document(ids, _row(self._spans[chunk], row).reshape(-1, 2), index)
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each document."""
+        return self._per_row(self._ids, lambda offsets, _: np.diff(offsets))
+
+    @property
+    def num_supervised(self) -> npt.NDArray[np.int64]:
+        """Supervised tokens of each document."""
+
+        def count(offsets: npt.NDArray[np.int32], values: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
+            spans = values[offsets[0] : offsets[-1]].reshape(-1, 2).astype(np.int64)
+            done = np.concatenate(([0], np.cumsum(spans[:, 1] - spans[:, 0])))
+            return np.asarray(np.diff(done[(offsets - offsets[0]) // 2]), dtype=np.int64)
+
+        return self._per_row(self._spans, count)
+
+    @property
+    def digests(self) -> npt.NDArray[np.uint64]:
+        """:func:`content_digest` of each document."""
+        return np.asarray(self._table["digest"].to_numpy(), dtype=np.uint64)
+
+    @property
+    def parts(self) -> npt.NDArray[np.int16]:
+        """The entry of the mix that each document came from."""
+        return np.asarray(self._table["part"].to_numpy(), dtype=np.int16)
+
+    def origin(self, index: int) -> Origin:
+        """Return where a document was read: the file and line to name in messages."""
+        source = self._table["source"][index].as_py()
+        return Origin(self.sources[source], self._table["line"][index].as_py())
+
+    def _per_row(self, chunks: list[_Views], count: Any) -> npt.NDArray[np.int64]:
+        counts = [np.asarray(count(*views), dtype=np.int64) for views in chunks]
+        return np.concatenate(counts) if counts else np.empty(0, dtype=np.int64)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(self), (self.path, self.sources))
+
+
+_Views = tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]
+
+
+def _list_array(rows: Sequence[npt.NDArray[np.integer]]) -> pa.ListArray:
+    offsets = np.concatenate(([0], np.cumsum([len(row) for row in rows]))).astype(np.int32)
+    return pa.ListArray.from_arrays(offsets, np.concatenate(rows).astype(np.int32))
+
+
+def _list_views(chunk: pa.ListArray) -> _Views:
+    """Return (offsets, values) of a list column without copying."""
+    return chunk.offsets.to_numpy(zero_copy_only=True), chunk.values.to_numpy(zero_copy_only=True)
+
+
+def _row(views: _Views, row: int) -> npt.NDArray[np.int32]:
+    offsets, values = views
+    return values[offsets[row] : offsets[row + 1]]
