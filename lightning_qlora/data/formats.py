@@ -1,0 +1,389 @@
+"""A row as somebody wrote it -> a row as this package trains on it; or a verdict that says why not.
+
+Shapes that are recognised by themselves, in this order:
+
+=================  ======================================================================================
+format             what a row looks like
+=================  ======================================================================================
+preference         ``chosen`` and ``rejected``: texts, messages, or lists of messages; the prompt is in
+                   ``prompt`` (or ``question``, ``instruction``, ``messages``, ``conversations``), or it is
+                   the part that both lists begin with
+messages           ``messages``: a list of ``{role, content}``, the OpenAI shape
+sharegpt           ``conversations``: a list of ``{from, value}``
+alpaca             ``instruction``, ``input`` (optional; joined by a blank line), ``output``, ``history``
+prompt_completion  ``prompt`` and ``completion``: two texts, which become a user and an assistant turn, or
+                   two lists of messages; also ``question``/``answer``, ``query``/``response``, ...
+text               ``text``: raw text, every token of it supervised, no chat template
+=================  ======================================================================================
+
+``raw_completion`` is prompt and completion as raw text, without a chat template; it has to be asked for by
+``format``. Everywhere ``system`` (a text), ``tools`` (a list of JSON schemas) and ``chat_template_kwargs`` (an
+object) may stand beside. A column that is null counts as absent. Of a prompt-completion row and of a pair only the
+answer is supervised, of every other chat all assistant turns. A supervised run over pairs learns the chosen answer.
+
+Good rows pass unchanged, with one exception: turns after the last assistant turn are dropped, since they
+enter no loss. Several turns of one role in a row are allowed. Everything else that is not right is refused:
+
+===========================  ============================================================================
+reason                       verdict on
+===========================  ============================================================================
+not-an-object                a row that is a list, a text, a number, null
+unknown-shape                none of the shapes above; the message lists the keys found
+missing-column               a column that ``columns`` or the chosen ``format`` names is not there
+not-a-pair                   a preference run met a row without ``chosen`` and ``rejected``
+messages-not-list            ``messages`` is neither a list nor a list as JSON text
+no-messages                  the list is empty
+message-not-object           a message is not an object
+missing-role                 a message has neither ``role`` nor ``from``
+unknown-role                 a role outside of ``messages.ROLE_NAMES``
+missing-content              null content without a tool call
+content-not-text             content, prompt, answer ... is a number, an object, or holds an image
+empty-answer                 an assistant turn, completion or output of nothing but white space
+empty-user-turn              a user turn, prompt or instruction of nothing but white space
+empty-text                   a raw text of nothing but white space
+lone-system                  a system turn and nothing else
+second-system-turn           two system turns, or ``system`` beside a system turn
+system-not-first             a system turn after the first turn
+assistant-first              the assistant speaks before any user turn
+no-assistant-turn            there is nothing to learn
+nothing-supervised           ``train``/``weight`` switches off every assistant turn
+bad-weight                   ``train``/``weight`` other than 0, 1, true, false, or both at once
+trained-prompt               ``train: true`` on a turn that is not the assistant's
+reasoning-outside-assistant  ``reasoning_content`` on a turn that is not the assistant's
+bad-tool-call                a call without a name, arguments that are no object, a call by another role
+tool-without-call            a tool's result that no call asked for
+bad-tools                    ``tools`` that is not a list of functions with names
+bad-template-kwargs          ``chat_template_kwargs`` that is no object, or names a variable of the renderer
+bad-history                  ``history`` that is not a list of [question, answer]
+no-prompt                    a pair of texts without a prompt
+prompt-mismatch              a pair whose ``prompt`` is not what its lists begin with
+no-shared-prompt             a pair whose lists part at a turn that is not the assistant's
+same-answers                 a pair with two equal answers (refused by preference runs only)
+unpaired-surrogate           half a surrogate pair: not encodable as UTF-8
+nul-character                a NUL character
+not-finite-number            NaN or infinity in tools or arguments (and anywhere in JSON files)
+not-json                     a value in tools or arguments that JSON does not have
+nested-too-deep              tools or arguments deeper than 64 levels (and JSON too deep to be read)
+===========================  ============================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Final, Literal, TypeAlias, get_args
+
+from lightning_qlora.data.json_values import BadRowError, check_value, described, described_keys
+from lightning_qlora.data.messages import check_turns, is_turns, parse_messages, parse_tools, text_of
+from lightning_qlora.data.preference import parse_pair
+from lightning_qlora.schema import Completion, Conversation, Message, Origin, PreferenceRow, Row, RowRefused
+
+__all__ = ["COLUMNS", "FORMATS", "Format", "Task", "check_columns", "parse_row", "recognise_format"]
+
+Format: TypeAlias = Literal[
+    "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "raw_completion", "text", "preference"
+]
+"""The shape of a row; ``auto`` looks at each row."""
+
+FORMATS: Final[tuple[Format, ...]] = get_args(Format)
+
+Task: TypeAlias = Literal["sft", "preference"]
+"""What the rows are for: supervised fine-tuning, or learning from pairs."""
+
+COLUMNS: Final = (
+    "messages", "conversations", "role", "content", "system", "tools", "chat_template_kwargs", "prompt",
+    "completion", "reasoning", "instruction", "input", "output", "history", "text", "chosen", "rejected",
+)  # fmt: skip
+"""What ``columns`` may map; ``role`` and ``content`` are the keys inside each message."""
+
+_CHAT_COLUMNS: Final = ("messages", "conversations", "conversation")
+_PROMPT_COLUMNS: Final = ("prompt", "question", "query", "input")
+_COMPLETION_COLUMNS: Final = ("completion", "response", "answer", "output")
+_OUTPUT_COLUMNS: Final = ("output", "response", "completion")
+_RENDERER_VARIABLES: Final = frozenset(
+    {
+        "messages",
+        "conversation",
+        "tools",
+        "add_generation_prompt",
+        "continue_final_message",
+        "tokenize",
+        "chat_template",
+    }
+)
+_EXPECTED: Final = "messages | conversations | instruction + output | prompt + completion | text | chosen + rejected"
+
+
+def check_columns(columns: Mapping[str, str] | None) -> None:
+    """Check a column mapping once, before any row is read.
+
+    Raises:
+        ValueError: It maps a name that is not in ``COLUMNS``.
+    """
+    unknown = [name for name in columns or {} if name not in COLUMNS]
+    if unknown:
+        raise ValueError(
+            f"columns maps {', '.join(map(repr, unknown))}, which is no field of a row. Allowed on the left side: "
+            f"{', '.join(COLUMNS)}. Write columns: {{prompt: <your column>, completion: <your column>}}."
+        )
+
+
+def recognise_format(record: Mapping[str, Any]) -> Format:
+    """Tell the shape of a row from the names of its columns.
+
+    Args:
+        record: The row as it was read. Columns that are null decide only if no others do.
+
+    Returns:
+        One of the shapes in the table above, never ``auto``.
+
+    Raises:
+        BadRowError: ``unknown-shape``, a ValueError that lists the keys found.
+    """
+    found = _shape_of(record, {key for key, value in record.items() if value is not None})
+    found = found or _shape_of(record, set(record))
+    if found is None:
+        raise BadRowError(
+            "unknown-shape",
+            f"found the keys {described_keys(record)}; recognised: {_EXPECTED}. "
+            "For other names write columns: {prompt: <your column>, completion: <your column>}",
+        )
+    return found
+
+
+def _shape_of(record: Mapping[str, Any], keys: set[str]) -> Format | None:
+    if keys >= {"chosen", "rejected"}:
+        return "preference"
+    for column in _CHAT_COLUMNS:
+        if column in keys:
+            turns = record[column]
+            first = turns[0] if isinstance(turns, list) and turns else None
+            spoken = "from" in first if isinstance(first, Mapping) else column != "messages"
+            return "sharegpt" if spoken else "messages"
+    if "instruction" in keys and not keys.isdisjoint(_OUTPUT_COLUMNS):
+        return "alpaca"
+    if not keys.isdisjoint(_PROMPT_COLUMNS) and not keys.isdisjoint(_COMPLETION_COLUMNS):
+        return "prompt_completion"
+    return "text" if "text" in keys else None
+
+
+def parse_row(
+    record: object,
+    origin: Origin,
+    *,
+    format: Format = "auto",
+    columns: Mapping[str, str] | None = None,
+    task: Task = "sft",
+) -> Row | PreferenceRow:
+    """Convert one row of any known shape.
+
+    Args:
+        record: The row as it was read: an object of JSON, a record of a Parquet file, a line of a CSV file.
+        origin: Where it was read.
+        format: Its shape; ``auto`` recognises it.
+        columns: Field of the shape -> name of the column that holds it.
+        task: ``sft`` turns a pair into its chosen answer; ``preference`` takes pairs only.
+
+    Raises:
+        RowRefused: The row cannot be used; the reasons are in the table of this module.
+        ValueError: ``format`` is none of ``FORMATS``.
+    """
+    try:
+        if not isinstance(record, Mapping):
+            raise BadRowError(
+                "not-an-object", f"the row is {described(record)}; allowed: an object such as {_EXPECTED}"
+            )
+        fields = _renamed(record, columns) if columns else record
+        shape = _chosen_shape(fields, columns) if format == "auto" else format
+        row = _PARSERS[shape](fields, origin)
+        if isinstance(row, PreferenceRow):
+            return _chosen_answer(row) if task == "sft" else _two_answers(row)
+        if task == "preference":
+            raise BadRowError("not-a-pair", f"the row has the shape {shape}; a preference run needs chosen + rejected")
+    except BadRowError as bad:
+        raise RowRefused(bad.reason, bad.detail, origin) from None
+    return row
+
+
+def _renamed(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    mapped = {field: column for field, column in columns.items() if field not in ("role", "content")}
+    missing = [column for column in mapped.values() if column not in record]
+    if missing:
+        found = described_keys(record)
+        raise BadRowError("missing-column", f"columns names {', '.join(map(repr, missing))}; the row has {found}")
+    taken = set(mapped.values())
+    fields = {key: value for key, value in record.items() if key not in taken}
+    fields.update((field, record[column]) for field, column in mapped.items())
+    if len(mapped) < len(columns):
+        for name in (*_CHAT_COLUMNS, "prompt", "completion", "chosen", "rejected"):
+            fields[name] = _renamed_turns(fields.get(name), columns)
+    return fields
+
+
+def _renamed_turns(turns: object, columns: Mapping[str, str]) -> object:
+    """Give the messages of a list the keys ``role`` and ``content``."""
+    if not isinstance(turns, list):
+        return turns
+    names = {columns[key]: key for key in ("role", "content") if key in columns}
+    return [
+        {names.get(key, key): value for key, value in turn.items()} if isinstance(turn, Mapping) else turn
+        for turn in turns
+    ]
+
+
+def _chosen_shape(fields: Mapping[str, Any], columns: Mapping[str, str] | None) -> Format:
+    """The mapped fields decide first: a stray ``text`` column must not win over what the user wrote."""
+    mapped = {field for field in columns or () if field in fields}
+    return _shape_of(fields, mapped) or recognise_format(fields)
+
+
+def _first(record: Mapping[str, Any], names: Sequence[str], needed_by: str = "") -> Any:
+    """The first of several columns that is not null."""
+    for name in names:
+        if record.get(name) is not None:
+            return record[name]
+    if needed_by and not any(name in record for name in names):
+        found = described_keys(record)
+        raise BadRowError("missing-column", f"{needed_by} needs {' or '.join(map(repr, names))}; the row has {found}")
+    return None
+
+
+def _text(value: object, what: str, reason: str) -> str:
+    text = text_of(value, what)
+    if text is None or not text.strip():
+        raise BadRowError(reason, f"{what} is {described(value)}; allowed: text that is more than white space")
+    return text
+
+
+def _with_system(messages: list[Message], record: Mapping[str, Any]) -> list[Message]:
+    """Put the ``system`` column, where there is one, before the turns."""
+    system = text_of(_first(record, ("system", "system_prompt")), "system")
+    if not system or not system.strip():
+        return messages
+    if messages and messages[0].role == "system":
+        if messages[0].content == system:
+            return messages
+        raise BadRowError("second-system-turn", "the row has a system column and a system turn; allowed: one of them")
+    return [Message("system", system), *messages]
+
+
+def _conversation(messages: list[Message], record: Mapping[str, Any], origin: Origin) -> Conversation:
+    kwargs = record.get("chat_template_kwargs")
+    kwargs = {} if kwargs is None else kwargs
+    if not isinstance(kwargs, Mapping) or not _RENDERER_VARIABLES.isdisjoint(kwargs):
+        raise BadRowError(
+            "bad-template-kwargs",
+            f"chat_template_kwargs is {described(kwargs)}; allowed: an object without {', '.join(_RENDERER_VARIABLES)}",
+        )
+    check_value(kwargs, "chat_template_kwargs")
+    tools = parse_tools(_first(record, ("tools", "functions")))
+    return Conversation(check_turns(_with_system(messages, record)), origin, tools, dict(kwargs))
+
+
+def _from_messages(record: Mapping[str, Any], origin: Origin) -> Conversation:
+    column = next((name for name in _CHAT_COLUMNS if record.get(name) is not None), None)
+    if column is None:
+        _first(record, _CHAT_COLUMNS, needed_by="a chat")
+        column = "messages"
+    return _conversation(parse_messages(record.get(column), column), record, origin)
+
+
+def _from_alpaca(record: Mapping[str, Any], origin: Origin) -> Conversation:
+    messages: list[Message] = []
+    history = record.get("history")
+    for pair in _history(history) if history else ():
+        messages += [Message("user", pair[0]), Message("assistant", pair[1])]
+    return _conversation([*messages, *_alpaca_turn(record)], record, origin)
+
+
+def _alpaca_turn(record: Mapping[str, Any]) -> tuple[Message, Message]:
+    answer = _text(_first(record, _OUTPUT_COLUMNS, needed_by="alpaca"), "output", "empty-answer")
+    return Message("user", _alpaca_prompt(record)), Message("assistant", answer)
+
+
+def _alpaca_prompt(record: Mapping[str, Any]) -> str:
+    instruction = text_of(_first(record, ("instruction",), needed_by="alpaca"), "instruction") or ""
+    context = text_of(_first(record, ("input", "context")), "input") or ""
+    return _text("\n\n".join(part for part in (instruction, context) if part.strip()), "instruction", "empty-user-turn")
+
+
+def _history(history: object) -> list[tuple[str, str]]:
+    pairs = history if isinstance(history, list) else None
+    if pairs is None or any(not isinstance(pair, list) or len(pair) != 2 for pair in pairs):
+        raise BadRowError(
+            "bad-history", f"history is {described(history)}; allowed: a list of [question, answer] pairs"
+        )
+    return [(_text(pair[0], "history", "empty-user-turn"), _text(pair[1], "history", "empty-answer")) for pair in pairs]
+
+
+def _from_prompt_completion(record: Mapping[str, Any], origin: Origin) -> Conversation:
+    prompt = _prompt_turns(_first(record, _PROMPT_COLUMNS, needed_by="prompt_completion"))
+    found = _first(record, _COMPLETION_COLUMNS, needed_by="prompt_completion")
+    if is_turns(found):
+        answer = parse_messages(found, "completion")
+    else:
+        reasoning = text_of(record.get("reasoning"), "reasoning") or None
+        answer = [Message("assistant", _text(found, "completion", "empty-answer"), reasoning=reasoning)]
+    return _conversation([*_unsupervised(prompt), *answer], record, origin)
+
+
+def _prompt_turns(found: object) -> list[Message]:
+    if is_turns(found):
+        return parse_messages(found, "prompt")
+    return [Message("user", _text(found, "prompt", "empty-user-turn"))]
+
+
+def _unsupervised(prompt: Sequence[Message]) -> list[Message]:
+    """Answers inside of a prompt are context, unless the row itself says otherwise."""
+    return [
+        replace(message, train=False) if message.role == "assistant" and message.train is None else message
+        for message in prompt
+    ]
+
+
+def _from_raw_completion(record: Mapping[str, Any], origin: Origin) -> Completion:
+    prompt = text_of(_first(record, _PROMPT_COLUMNS, needed_by="raw_completion"), "prompt") or ""
+    found = _first(record, _COMPLETION_COLUMNS, needed_by="raw_completion")
+    return Completion(prompt, _text(found, "completion", "empty-answer"), origin)
+
+
+def _from_text(record: Mapping[str, Any], origin: Origin) -> Completion:
+    return Completion("", _text(_first(record, ("text",), needed_by="text"), "text", "empty-text"), origin)
+
+
+def _from_preference(record: Mapping[str, Any], origin: Origin) -> PreferenceRow:
+    for name in ("chosen", "rejected"):
+        _first(record, (name,), needed_by="preference")
+    prompt: list[Message] | None = None
+    if record.get("instruction") is not None:
+        prompt = [Message("user", _alpaca_prompt(record))]
+    else:
+        found = _first(record, (*_PROMPT_COLUMNS, *_CHAT_COLUMNS))
+        prompt = None if found is None else _prompt_turns(found)
+    pair = parse_pair(prompt, record["chosen"], record["rejected"])
+    turns = _with_system(list(pair.prompt), record)
+    for answer in (pair.chosen, pair.rejected):
+        check_turns([*turns, *answer])
+    tools = parse_tools(_first(record, ("tools", "functions")))
+    return PreferenceRow(tuple(turns), pair.chosen, pair.rejected, origin, tools)
+
+
+def _two_answers(row: PreferenceRow) -> PreferenceRow:
+    if row.chosen == row.rejected:
+        raise BadRowError("same-answers", "chosen and rejected are equal; allowed: two different answers")
+    return row
+
+
+def _chosen_answer(row: PreferenceRow) -> Conversation:
+    return Conversation((*_unsupervised(row.prompt), *row.chosen), row.origin, row.tools)
+
+
+_PARSERS: Final[dict[Format, Callable[[Mapping[str, Any], Origin], Row | PreferenceRow]]] = {
+    "messages": _from_messages,
+    "sharegpt": _from_messages,
+    "alpaca": _from_alpaca,
+    "prompt_completion": _from_prompt_completion,
+    "raw_completion": _from_raw_completion,
+    "text": _from_text,
+    "preference": _from_preference,
+}
