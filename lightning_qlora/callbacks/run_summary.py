@@ -1,0 +1,171 @@
+"""What a run is about to do, before it does it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelSummary
+from peft import LoraConfig, PeftConfig, PeftModel
+from torch import nn
+from typing_extensions import override
+
+from lightning_qlora.accounting import Storage, count_storage, estimate_memory
+from lightning_qlora.data.report import PreparationReport
+
+__all__ = ["RunSummary"]
+
+_MIB, _GIB = 2**20, 2**30
+_TITLE_WIDTH = 14
+
+
+class RunSummary(ModelSummary):
+    """Prints at the start of fit what will be trained, on what, and what it will take.
+
+    The base and its revision, parameters and bytes by how they are stored (4-bit ones counted unpacked), quantisation,
+    adapters, the data with every refused row's reason, and an estimate of the memory; then, once the loaders are
+    there, the optimizer steps. It takes the place of Lightning's ModelSummary, which counts two 4-bit weights as one.
+
+    Args:
+        max_depth: Depth of a table of layers printed besides, as in Lightning's ModelSummary; 0 for none.
+    """
+
+    def __init__(self, max_depth: int = 0) -> None:
+        super().__init__(max_depth=max_depth)
+
+    @override
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        if not trainer.is_global_zero:
+            return
+        model = getattr(pl_module, "model", None) or pl_module
+        storages = count_storage(model)
+        rows = [*_describe_model(pl_module, model, storages), ("Precision", str(trainer.precision))]
+        report = getattr(getattr(trainer, "datamodule", None), "report", None)
+        if isinstance(report, PreparationReport):
+            rows += _describe_data(report)
+        rows += _describe_memory(trainer, model, _tokens_per_batch(report))
+        print("\n".join(_lay_out(title, text) for title, text in rows), flush=True)
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Print the plan of steps.
+
+        Only now: asked before the loaders exist, Lightning would build them, and a resumed run would lose its place in
+        the data (Lightning-AI/pytorch-lightning#20550).
+        """
+        if trainer.is_global_zero:
+            print(_lay_out("Steps", _describe_steps(trainer)), flush=True)
+
+
+def _describe_model(pl_module: L.LightningModule, model: nn.Module, storages: list[Storage]) -> list[tuple[str, str]]:
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    rows = []
+    if (name := getattr(pl_module, "model_name", None)) is not None:
+        revision = getattr(pl_module, "revision", None) or getattr(base.config, "_commit_hash", None)
+        rows.append(("Base", f"{name} ({type(base).__name__}{f', revision {revision}' if revision else ''})"))
+    numel, nbytes = sum(s.numel for s in storages), sum(s.nbytes for s in storages)
+    rows.append(("Parameters", f"{numel:,} in {_size(nbytes)}: {', '.join(map(_storage, storages))}"))
+    trainable = sum(s.numel for s in storages if s.trainable)
+    rows.append(("Trainable", f"{trainable:,} of {numel:,} ({100 * trainable / max(1, numel):.3g} %)"))
+    rows.append(("Quantisation", _describe_quantization(base)))
+    if isinstance(model, PeftModel):
+        rows.append(("Adapters", _describe_adapters(model.active_peft_config)))
+    return rows
+
+
+def _describe_quantization(base: Any) -> str:
+    config = getattr(getattr(base, "config", None), "quantization_config", None)
+    if config is None:
+        return "none"
+    if getattr(config, "load_in_8bit", False):
+        return "8-bit (LLM.int8())"
+    if not getattr(config, "load_in_4bit", False):
+        return type(config).__name__
+    double = ", constants quantised too" if config.bnb_4bit_use_double_quant else ""
+    dtype = str(config.bnb_4bit_compute_dtype).removeprefix("torch.")
+    return f"4-bit {config.bnb_4bit_quant_type.upper()}{double}, computed in {dtype}"
+
+
+def _describe_adapters(config: PeftConfig) -> str:
+    if not isinstance(config, LoraConfig):
+        return getattr(config.peft_type, "value", type(config).__name__)
+    kind = "DoRA" if config.use_dora else "rsLoRA" if config.use_rslora else "LoRA"
+    targets = config.target_modules
+    named = targets if isinstance(targets, str) else ", ".join(sorted(targets or ()))
+    parts = [f"{kind} r={config.r} alpha={config.lora_alpha} dropout={config.lora_dropout:g} on {named}"]
+    if config.init_lora_weights is not True:
+        parts.append(f"initialised by {config.init_lora_weights}")
+    if config.modules_to_save:
+        parts.append(f"trained in full: {', '.join(config.modules_to_save)}")
+    if config.trainable_token_indices:
+        parts.append(f"embedding rows trained: {config.trainable_token_indices}")
+    return "; ".join(parts)
+
+
+def _describe_data(report: PreparationReport) -> list[tuple[str, str]]:
+    refused = ", ".join(f"{count:,} {reason}" for reason, count in report.refused.items()) or "none refused"
+    rows = [("Rows", f"{report.rows_kept:,} kept of {report.rows_read:,} read ({refused})")]
+    if report.length_percentiles:
+        lengths = ", ".join(f"p{p} {tokens:,}" for p, tokens in report.length_percentiles.items())
+        rows.append(("Lengths", f"{lengths} tokens"))
+    outcomes = {outcome: count for outcome, count in report.truncation.items() if outcome != "fits" and count}
+    concerned = ", ".join(f"{count:,} {outcome}" for outcome, count in outcomes.items())
+    over = f"{sum(outcomes.values()):,} rows above ({concerned})" if outcomes else "no row above"
+    rows.append(("Limit", f"{report.max_length:,} tokens: {over}"))
+    share = 100 * report.num_supervised_tokens / max(1, report.num_tokens)
+    rows.append(("Tokens", f"{report.num_tokens:,}, {report.num_supervised_tokens:,} supervised ({share:.1f} %)"))
+    if report.packing:
+        batches, tokens = report.packing["batches"], report.packing["tokens_per_batch"]
+        full = 100 * report.packing["efficiency"]
+        rows.append(("Batches", f"{batches:,.0f} of about {tokens:,.0f} tokens, {full:.1f} % full"))
+    return rows
+
+
+def _describe_memory(trainer: L.Trainer, model: nn.Module, num_tokens: int | None) -> list[tuple[str, str]]:
+    if num_tokens is None or not isinstance(model, PeftModel):
+        return []
+    quantised = getattr(model.get_base_model().config, "quantization_config", None)
+    dtype = getattr(quantised, "bnb_4bit_compute_dtype", None) or model.get_base_model().dtype
+    estimate = estimate_memory(
+        model,
+        num_tokens=num_tokens,
+        optimizers=trainer.optimizers,
+        dtype=dtype if isinstance(dtype, torch.dtype) else torch.float32,
+        checkpointing=any(getattr(module, "gradient_checkpointing", False) for module in model.modules()),
+    )
+    items = ", ".join(f"{name} {_size(nbytes)}" for name, nbytes in estimate._asdict().items())
+    return [("Memory", f"about {_size(estimate.total)}, an estimate without the libraries themselves: {items}")]
+
+
+def _tokens_per_batch(report: object) -> int | None:
+    if not isinstance(report, PreparationReport):
+        return None
+    return int(report.packing["tokens_per_batch"]) if report.packing else report.max_length
+
+
+def _describe_steps(trainer: L.Trainer) -> str:
+    total = trainer.estimated_stepping_batches
+    planned = f"{total:,}" if math.isfinite(total) else "until stopped"
+    ranks = f" x {trainer.world_size} ranks" if trainer.world_size > 1 else ""
+    parts = [f"{planned} optimizer steps of {trainer.accumulate_grad_batches} micro-batches{ranks}"]
+    if math.isfinite(trainer.num_training_batches):
+        parts.append(f"{trainer.num_training_batches:,.0f} micro-batches an epoch")
+    if trainer.global_step:
+        parts.append(f"going on after step {trainer.global_step:,}")
+    return ", ".join(parts)
+
+
+def _storage(storage: Storage) -> str:
+    trained = ", trained" if storage.trainable else ""
+    return f"{storage.kind}{trained} {storage.numel:,} in {_size(storage.nbytes)}"
+
+
+def _size(nbytes: float) -> str:
+    return f"{nbytes / _GIB:.2f} GiB" if nbytes >= _GIB else f"{nbytes / _MIB:.1f} MiB"
+
+
+def _lay_out(title: str, text: str) -> str:
+    return f"{title.ljust(_TITLE_WIDTH)}{text}"

@@ -1,0 +1,55 @@
+"""Fixed questions, the answers that models give to them, and what those answers are worth.
+
+The order of work is :func:`read_questions`, then for each model :func:`answer_questions`, then :func:`summarise` for
+one sheet of answers or :func:`judge` for two. Scores are kept per question, so that whatever is computed from them
+later (rates by tag, intervals, paired tests) needs no model again.
+"""
+
+from lightning_qlora.evaluation.answers import (
+    adapters_off,
+    answer_questions,
+    decoding_config,
+    encode_prompts,
+    encode_references,
+    evaluation_mode,
+    generate_answers,
+    reference_losses,
+    stop_tokens,
+)
+from lightning_qlora.evaluation.questions import CHECKS, Check, Question, read_questions
+from lightning_qlora.evaluation.scores import (
+    Answer,
+    AnswerScore,
+    AnswerSheet,
+    AnswerSummary,
+    ReferenceLoss,
+    Verdict,
+    judge,
+    score_answer,
+    summarise,
+)
+
+__all__ = [
+    "CHECKS",
+    "Answer",
+    "AnswerScore",
+    "AnswerSheet",
+    "AnswerSummary",
+    "Check",
+    "Question",
+    "ReferenceLoss",
+    "Verdict",
+    "adapters_off",
+    "answer_questions",
+    "decoding_config",
+    "encode_prompts",
+    "encode_references",
+    "evaluation_mode",
+    "generate_answers",
+    "judge",
+    "read_questions",
+    "reference_losses",
+    "score_answer",
+    "stop_tokens",
+    "summarise",
+]
