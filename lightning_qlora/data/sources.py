@@ -21,7 +21,15 @@ import pyarrow.parquet as pq
 
 from lightning_qlora.data.formats import FORMATS, Format, Task, check_columns, parse_row
 from lightning_qlora.data.readers import Entry, Selection, open_bytes, read_json, read_json_lines
-from lightning_qlora.data.tables import arrow_batches, open_dataset, read_arrow, read_csv, read_dataset, read_parquet
+from lightning_qlora.data.tables import (
+    arrow_batches,
+    dataset_builder,
+    open_dataset,
+    read_arrow,
+    read_csv,
+    read_dataset,
+    read_parquet,
+)
 from lightning_qlora.schema import Origin, PreferenceRow, Row, RowRefused
 
 __all__ = [
@@ -275,9 +283,8 @@ def _not_found(path: Path) -> str:
 def source_fingerprint(source: str | DataSource) -> str:
     """Hash everything that the rows of a source depend on.
 
-    Files count by their names and the SHA-256 of all their bytes, never by their times. A dataset id counts by the
-    fingerprint that the datasets library gives the data it resolved to. The weight is left out: it decides how
-    often rows are used, not what they are.
+    Files count by their names and the SHA-256 of all their bytes, never by their times; a dataset id by the commit
+    that its revision stands for. The weight is left out: it decides how often rows are used, not what they are.
 
     Returns:
         64 hexadecimal digits.
@@ -293,7 +300,8 @@ def source_fingerprint(source: str | DataSource) -> str:
         stored = sorted(file for file in folder.rglob("*") if file.is_file())
         contents = [[str(file.relative_to(folder)), file.stat().st_size, _sha256(file)] for file in stored]
     else:
-        contents = [source.path, _dataset_identity(source)]
+        builder = _dataset_builder(source)
+        contents = [source.path, builder.hash, builder.config_id]
     return hashlib.sha256(json.dumps([options, contents], sort_keys=True).encode()).hexdigest()
 
 
@@ -302,11 +310,8 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _dataset_identity(source: DataSource) -> list[str]:
-    data = _dataset(source)
-    info = data.info
-    checksums = json.dumps(info.download_checksums, sort_keys=True, default=str) if info.download_checksums else ""
-    return [str(getattr(data, "_fingerprint", "")), str(info.version), checksums]
+def _dataset_builder(source: DataSource) -> Any:
+    return dataset_builder(source.path, subset=source.subset, revision=source.revision)
 
 
 def estimated_rows(source: str | DataSource) -> int:
@@ -316,13 +321,13 @@ def estimated_rows(source: str | DataSource) -> int:
     """
     source = as_sources(source)[0]
     files = files_of(source)
-    if files is None:
-        data = _dataset(source)
-        splits = data.info.splits or {}
-        named = splits.get(source.split or "train")
-        rows = len(data) if hasattr(data, "__len__") else int(getattr(named, "num_examples", 0) or 1)
-    else:
+    if files is not None:
         rows = sum(_estimated_file_rows(file) for file in files)
+    elif Path(source.path).expanduser().is_dir():
+        rows = len(_dataset(source))
+    else:
+        split = (_dataset_builder(source).info.splits or {}).get(source.split or "train")
+        rows = 1 if split is None else int(split.num_examples or 1)
     return max(1, rows if source.max_rows is None else min(rows, source.max_rows))
 
 

@@ -24,7 +24,7 @@ from lightning_qlora.data.json_values import MAX_DEPTH
 from lightning_qlora.data.readers import Entry, Selection, open_bytes
 from lightning_qlora.schema import Origin, RowRefused
 
-__all__ = ["arrow_batches", "open_dataset", "read_arrow", "read_csv", "read_dataset", "read_parquet"]
+__all__ = ["arrow_batches", "dataset_builder", "open_dataset", "read_arrow", "read_csv", "read_dataset", "read_parquet"]
 
 BATCH_ROWS: Final = 512
 """Rows that are Python objects at a time."""
@@ -257,18 +257,34 @@ def open_dataset(
         if (split or "train") not in data:
             raise ValueError(f"{path} has no split {split or 'train'!r}. Allowed for split: {', '.join(data)}.")
         return data[split or "train"]
-    try:
+    with _hub_errors(path, f"split {split or 'train'!r} and subset {subset!r}"):
         return datasets.load_dataset(path, name=subset, split=split or "train", revision=revision, streaming=streaming)
+
+
+def dataset_builder(path: str, *, subset: str | None, revision: str | None) -> Any:
+    """What is known of a data set of the Hub without its rows: ``hash`` (the commit), ``config_id``, ``info``.
+
+    Raises:
+        ValueError: There is no such data set or subset, or the Hub cannot be reached.
+    """
+    import datasets
+
+    with _hub_errors(path, f"subset {subset!r}"):
+        return datasets.load_dataset_builder(path, name=subset, revision=revision)
+
+
+@contextmanager
+def _hub_errors(path: str, asked: str) -> Iterator[None]:
+    try:
+        yield
     except (ConnectionError, FileNotFoundError) as error:
         raise ValueError(
             f"{path!r} is no file or folder here, and as a Hugging Face dataset id it cannot be loaded: {error}. "
             "Write the path of a file, a folder or a pattern, or the id of a dataset that you can reach "
-            "(HF_TOKEN opens gated ones; a downloaded dataset is found offline too)."
+            "(HF_TOKEN opens gated ones; a dataset that was downloaded before is found without a network)."
         ) from None
     except ValueError as error:  # an unknown split or subset: the library lists the ones that exist
-        raise ValueError(
-            f"The dataset {path!r} cannot be loaded with split {split or 'train'!r} and subset {subset!r}: {error}"
-        ) from None
+        raise ValueError(f"The dataset {path!r} cannot be loaded with {asked}: {error}") from None
 
 
 def read_dataset(data: Any, name: str, selection: Selection) -> Iterator[Entry]:
