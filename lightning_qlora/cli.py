@@ -22,6 +22,7 @@ from typing_extensions import override
 
 from lightning_qlora.callbacks import AdapterCheckpoint, PerformanceMonitor, PredictionWriter, RunGuard, RunSummary
 from lightning_qlora.modules import CausalLMModule
+from lightning_qlora.modules.base import refuse_bitsandbytes_precision
 from lightning_qlora.tools import TOOLS
 
 __all__ = ["QLoRACLI", "main"]
@@ -120,6 +121,8 @@ class QLoRACLI(LightningCLI):
     @override
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config = self._get(self.config_init, "trainer")
+        plugins = config.plugins if isinstance(config.plugins, list) else [config.plugins]
+        refuse_bitsandbytes_precision(*plugins)  # before Lightning refuses it on CPUs with no word of what to do
         choices = {
             "precision": config.precision or _default_precision(config.accelerator, config.plugins),
             "logger": _default_logger(config.logger, config.default_root_dir),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from lightning_qlora.pretrained import resolve_pretrained
 __all__ = [
     "Quantization",
     "attach_adapters",
+    "base_model",
     "compute_dtype",
     "enable_activation_checkpointing",
     "load_adapter",
@@ -71,6 +74,11 @@ def resolve_quantization(quantization: Quantization, dtype: torch.dtype | None =
         raise ValueError(
             f"quantization is {quantization!r}; allowed are 'nf4', 'int8', null, or the options of "
             "transformers.BitsAndBytesConfig, for instance {load_in_4bit: true, bnb_4bit_quant_type: fp4}."
+        )
+    if quantization is not None and not (quantization.load_in_4bit or quantization.load_in_8bit):
+        raise ValueError(
+            "quantization sets options of BitsAndBytesConfig but asks for neither 4 nor 8 bits. Add load_in_4bit: true "
+            "or load_in_8bit: true, or write quantization: null for a base that is not quantised."
         )
     return quantization
 
@@ -149,7 +157,8 @@ def _check_kernels(config: BitsAndBytesConfig) -> None:
 def _matching_compute_dtype(config: BitsAndBytesConfig, dtype: torch.dtype) -> BitsAndBytesConfig:
     """Fill in the compute dtype where the user named none: bitsandbytes' own default, float32, is slow on GPUs."""
     if config.load_in_4bit and config.bnb_4bit_compute_dtype is torch.float32 and dtype is not torch.float32:
-        config = BitsAndBytesConfig(**{**config.to_dict(), "bnb_4bit_compute_dtype": dtype})
+        config = copy.copy(config)
+        config.bnb_4bit_compute_dtype = dtype
     return config
 
 
@@ -160,7 +169,7 @@ def _keep_cpu_weights_trainable(model: nn.Module) -> None:
     validation before training would break training.
     """
     for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
+        if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
 
 
@@ -236,14 +245,20 @@ def _linear_layer_names(model: nn.Module) -> list[str]:
     return sorted({name.rsplit(".", 1)[-1] for name in names})
 
 
+def base_model(model: PeftModel) -> PreTrainedModel:
+    """Return the transformers model whose layers PEFT has replaced in place."""
+    return cast(PreTrainedModel, model.get_base_model())
+
+
 def enable_activation_checkpointing(model: PeftModel) -> None:
     """Recompute each decoder layer's activations in the backward pass instead of keeping them.
 
     Non-reentrant checkpointing finds the trainable parameters by itself, so that the frozen embedding's output need
     not require a gradient.
     """
-    base = model.get_base_model()
-    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    base = base_model(model)
+    name = "activation_checkpointing_enable"  # its name from transformers 5.2x on; the older one warns there
+    enable: Callable[..., None] = getattr(base, name if hasattr(base, name) else "gradient_checkpointing_enable")
     enable({"use_reentrant": False})
     base.config.use_cache = False
 
@@ -278,7 +293,7 @@ def untrained_token_ids(model: PreTrainedModel, token_ids: Iterable[int]) -> lis
 def _has_twin(rows: Tensor) -> Tensor:
     """For each row, whether another row is exactly equal."""
     _, inverse, counts = torch.unique(rows, dim=0, return_inverse=True, return_counts=True)
-    return counts[inverse] > 1
+    return cast(Tensor, counts[inverse] > 1)
 
 
 def save_adapter(model: PeftModel, folder: str | Path) -> None:
@@ -320,12 +335,12 @@ def merge_adapter(model: PeftModel) -> PreTrainedModel:
         MisconfigurationException: If the base is quantised: rounding the merged weights to 4 bits again changes them
             far more than the merge itself. Load the base with ``quantization=None`` first.
     """
-    if getattr(model.get_base_model(), "is_quantized", False):
+    if getattr(base_model(model), "is_quantized", False):
         raise MisconfigurationException(
             "The base is quantised, and merging into quantised weights rounds them a second time. Load it with "
             "quantization=None, attach the adapter with load_adapter, and merge then."
         )
-    return model.merge_and_unload()
+    return cast(PreTrainedModel, model.merge_and_unload())
 
 
 def read_adapter_base(folder: str | Path) -> tuple[str, str | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ def head_cross_entropy(
     if num_tokens == 0:
         return TokenLoss(hidden_ND.sum().float() * 0.0, targets_N.new_zeros(()), 0)
     if torch.is_grad_enabled() and hidden_ND.requires_grad and _is_frozen(head):
-        loss_sum, num_correct = _FrozenHeadCrossEntropy.apply(hidden_ND, head, targets_N, chunk_size)
+        loss_sum, num_correct = _FrozenHeadCrossEntropy.apply(hidden_ND, head, targets_N, chunk_size)  # type: ignore[no-untyped-call]
         return TokenLoss(loss_sum, num_correct, num_tokens)
     loss_sum = hidden_ND.new_zeros((), dtype=torch.float32)
     num_correct = targets_N.new_zeros(())
@@ -78,7 +78,7 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx,
+        ctx: Any,
         hidden_ND: Tensor,
         head: Callable[[Tensor], Tensor],
         targets_N: Tensor,
@@ -100,8 +100,6 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
         return loss_sum, num_correct
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: torch.autograd.function.FunctionCtx, grad_loss: Tensor, _: Tensor
-    ) -> tuple[Tensor, None, None, None]:
-        (gradient_ND,) = ctx.saved_tensors  # type: ignore[attr-defined]
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient_ND,) = ctx.saved_tensors
         return gradient_ND * grad_loss.to(gradient_ND.dtype), None, None, None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import lightning as L
@@ -13,10 +13,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import LoraConfig, PeftConfig, PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import BitsAndBytesConfig, GenerationConfig
+from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 from typing_extensions import override
 
 from lightning_qlora.kernels.attention import use_document_attention
@@ -166,7 +166,7 @@ class CausalLMModule(L.LightningModule):
         data = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
         return data if isinstance(data, ChatDataModule) else None
 
-    def _tokens_to_train(self, base: nn.Module, control_token_ids: Iterable[int]) -> list[int]:
+    def _tokens_to_train(self, base: PreTrainedModel, control_token_ids: Iterable[int]) -> list[int]:
         """Find control tokens that the base does not know, and refuse or return them."""
         if self.untrained_tokens == "ignore":
             return []
@@ -249,7 +249,7 @@ class CausalLMModule(L.LightningModule):
     # Checkpoints: adapters only
 
     @override
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return the trained tensors only: everything else is the base, which is loaded by name."""
         prefix: str = kwargs.get("prefix", args[1] if len(args) > 1 else "")
         state: dict[str, Any] = super().state_dict(*args, **kwargs)
@@ -257,6 +257,13 @@ class CausalLMModule(L.LightningModule):
         for name in [name for name in state if name.startswith(prefix) and name not in keep]:
             del state[name]  # in place: sharded strategies hold the same dictionary
         return state
+
+    @override
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load trained tensors; that the base is not among them is no news, so it is not reported as missing."""
+        result = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        missing = [name for name in result.missing_keys if name in self._adapter_keys]
+        return type(result)(missing, result.unexpected_keys)
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -354,13 +361,18 @@ def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {value!r}; allowed are {', '.join(allowed)}.")
 
 
-def _check_precision(trainer: L.Trainer) -> None:
-    """Refuse the precisions that break QLoRA before anything is loaded."""
-    if isinstance(trainer.precision_plugin, BitsandbytesPrecision):
+def refuse_bitsandbytes_precision(*plugins: object) -> None:
+    """Raise if Lightning's own quantisation is among the plugins."""
+    if any(isinstance(plugin, BitsandbytesPrecision) for plugin in plugins):
         raise MisconfigurationException(
             "BitsandbytesPrecision quantises lora_A, lora_B and the head too and leaves nothing to train. Remove the "
             "plugin: the module's quantization option quantises the base. Write --trainer.precision=bf16-mixed."
         )
+
+
+def _check_precision(trainer: L.Trainer) -> None:
+    """Refuse the precisions that break QLoRA before anything is loaded."""
+    refuse_bitsandbytes_precision(trainer.precision_plugin)
     if str(trainer.precision).endswith("-true") and trainer.precision not in ("32-true", "64-true"):
         raise MisconfigurationException(
             f"precision {trainer.precision!r} would round the adapters to 16 bits, which loses about half of their "

@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from lightning_qlora.kernels.attention import packed_attention_arguments
 from lightning_qlora.losses.cross_entropy import TokenLoss, head_cross_entropy
+from lightning_qlora.model import base_model
 from lightning_qlora.modules.base import CausalLMModule
 from lightning_qlora.schema import SFTBatch
 
@@ -68,7 +69,8 @@ class SFTModule(CausalLMModule):
 
     @override
     def on_model_built(self) -> None:
-        base = self.model.get_base_model()  # type: ignore[union-attr]
+        assert self.model is not None
+        base = base_model(self.model)
         head = _Head(base.get_output_embeddings(), getattr(base.config, "final_logit_softcapping", None))
         self._head = [head] if _head_is_plain(base, head) else []
 
@@ -80,7 +82,7 @@ class SFTModule(CausalLMModule):
             inputs["attention_mask"] = batch["attention_mask"]
         elif self.isolates_documents:
             inputs.update(packed_attention_arguments(batch["input_ids"], batch["document_lengths"]))
-        base = self.model.get_base_model()
+        base = base_model(self.model)
         positions_N, targets_N = batch["target_positions"], batch["targets"]
         if self._head:
             hidden_BLD = base.get_decoder()(**inputs, use_cache=False).last_hidden_state
@@ -90,7 +92,7 @@ class SFTModule(CausalLMModule):
 
     def _step(self, batch: SFTBatch, stage: Stage) -> TokenLoss:
         loss = self.token_loss(batch)
-        metrics = self.metrics[f"{stage}_"]
+        metrics: Any = self.metrics[f"{stage}_"]
         if loss.num_tokens:
             mean = loss.loss_sum.detach() / loss.num_tokens
             for name, value in (
@@ -98,8 +100,8 @@ class SFTModule(CausalLMModule):
                 ("perplexity", mean),
                 ("token_accuracy", loss.num_correct / loss.num_tokens),
             ):
-                metrics[name].update(value, weight=loss.num_tokens)  # type: ignore[index, operator]
-        for name, metric in metrics.items():  # type: ignore[operator]
+                metrics[name].update(value, weight=loss.num_tokens)
+        for name, metric in metrics.items():
             if (stage, name) != ("train", "loss"):  # logged per optimizer step by the base class
                 self.log(
                     f"{stage}_{name}", metric, on_step=False, on_epoch=True, prog_bar=(stage, name) == ("val", "loss")

@@ -1,0 +1,81 @@
+import math
+
+import pytest
+import torch
+from peft import LoraConfig
+from tiny_models import FAMILIES, random_batch, save_tiny_model
+
+from lightning_qlora.modules import SFTModule
+from lightning_qlora.modules.sft import MeanPerplexity
+
+
+def build(folder, **options):
+    torch.manual_seed(0)
+    options.setdefault("activation_checkpointing", "none")
+    module = SFTModule(folder, lora=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"), **options)
+    module.configure_model()
+    with torch.no_grad():
+        for p in module.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * 0.05)
+    return module
+
+
+def loss_and_gradients(module, batch):
+    loss = module.token_loss(batch)
+    module.zero_grad()
+    loss.loss_sum.backward()
+    return loss, {n: p.grad.clone() for n, p in module.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "granite", "cohere"])
+def test_packed_equals_padded_equals_transformers_own_loss(family, tmp_path):
+    module = build(save_tiny_model(tmp_path, family, **({"logits_scaling": 4.0} if family == "granite" else {})))
+    packed = random_batch((9, 5, 12), packed=True)
+    padded = random_batch((9, 5, 12), packed=False)
+    loss_packed, gradients_packed = loss_and_gradients(module, packed)
+    loss_padded, gradients_padded = loss_and_gradients(module, padded)
+    expected = module.model(
+        input_ids=padded["input_ids"], attention_mask=padded["attention_mask"], labels=padded["labels"], use_cache=False
+    ).loss * len(padded["targets"])
+
+    assert loss_packed.num_tokens == loss_padded.num_tokens == (padded["labels"] != -100).sum()
+    torch.testing.assert_close(loss_packed.loss_sum, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(loss_padded.loss_sum, expected, rtol=1e-5, atol=1e-5)
+    for name, gradient in gradients_packed.items():
+        torch.testing.assert_close(gradient, gradients_padded[name], rtol=2e-4, atol=1e-5)
+
+
+def test_families_that_scale_their_logits_do_not_take_the_plain_head(tmp_path):
+    granite = build(save_tiny_model(tmp_path / "granite", "granite", logits_scaling=4.0))
+    llama = build(save_tiny_model(tmp_path / "llama", "llama"))
+    assert not granite._head
+    assert llama._head
+
+
+def test_an_all_masked_batch_contributes_exactly_zero(tmp_path):
+    module = build(save_tiny_model(tmp_path))
+    batch = random_batch((6, 4))
+    batch["target_positions"] = batch["target_positions"][:0]
+    batch["targets"] = batch["targets"][:0]
+    loss, gradients = loss_and_gradients(module, batch)
+    assert loss.loss_sum == 0
+    assert all(g.abs().sum() == 0 for g in gradients.values())
+
+
+def test_trained_heads_and_tokens_receive_gradients(tmp_path):
+    folder = save_tiny_model(tmp_path, tied=False)
+    lora = LoraConfig(r=4, target_modules="all-linear", modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    module = SFTModule(folder, lora=lora, activation_checkpointing="full")
+    module.configure_model()
+    _, gradients = loss_and_gradients(module, random_batch((9, 5)))
+    head = [g for n, g in gradients.items() if "lm_head" in n]
+    assert head
+    assert all(g.abs().sum() > 0 for g in head)
+
+
+def test_perplexity_is_the_exponential_of_the_token_weighted_mean():
+    metric = MeanPerplexity()
+    metric.update(1.0, weight=3)
+    metric.update(2.0, weight=1)
+    assert metric.compute() == pytest.approx(math.exp(1.25))
