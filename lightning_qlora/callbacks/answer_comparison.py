@@ -137,6 +137,8 @@ class AnswerComparison(Callback):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Print what was found last, after Lightning's own bars and tables."""
         if self._report and trainer.is_global_zero:
+            if (live := _live_display(trainer)) is not None:
+                live.stop()
             print(self._report, flush=True)
         self._report = ""
 
@@ -200,7 +202,7 @@ def _is_fast_dev_run(trainer: L.Trainer) -> bool:
 
 def _chat_template(trainer: L.Trainer) -> ChatTemplate:
     data = getattr(trainer, "datamodule", None)
-    template = getattr(data, "chat_template", None)
+    template = getattr(data, "chat", None)
     if isinstance(template, ChatTemplate):
         return template
     if isinstance(data, ChatDataModule):
@@ -261,14 +263,18 @@ def _scores(summary: AnswerSummary) -> dict[str, float]:
 @contextmanager
 def _progress_paused(trainer: L.Trainer) -> Iterator[bool]:
     """Yield whether to show progress, with rich's live display stopped meanwhile: it would swallow another bar."""
-    bar = trainer.progress_bar_callback
-    shown = bar is not None and bool(getattr(bar, "is_enabled", True))
-    live = bar.progress if shown and isinstance(bar, RichProgressBar) else None
+    live = _live_display(trainer)
     if live is not None:
         live.stop()
-    yield shown
+    yield bool(getattr(trainer.progress_bar_callback, "is_enabled", False))
     if live is not None and trainer.state.fn == TrainerFn.FITTING and trainer.validating:
         live.start()
+
+
+def _live_display(trainer: L.Trainer) -> Any:
+    """Return what Lightning's rich progress bar draws on, if that bar is in use and has begun."""
+    bar = trainer.progress_bar_callback
+    return bar.progress if isinstance(bar, RichProgressBar) else None
 
 
 def _write(

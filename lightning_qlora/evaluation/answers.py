@@ -133,7 +133,10 @@ def encode_references(chat_template: ChatTemplate, questions: Sequence[Question]
         ValueError: If the reference cannot be rendered exactly; names its line.
     """
     last_turn = ChatTemplate(
-        chat_template.tokenizer, supervise="last", template_kwargs=getattr(chat_template, "template_kwargs", None)
+        chat_template.tokenizer,
+        supervise="last",
+        template_kwargs=chat_template.template_kwargs,
+        content_tokens=chat_template.content_tokens,
     )
     encoded: list[tuple[list[int], list[int]]] = []
     for question in questions:

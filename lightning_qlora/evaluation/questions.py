@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
-from lightning_qlora.schema import ROLES, Message, Origin
+from lightning_qlora.data.messages import parse_messages
+from lightning_qlora.data.prompts import Prompt, read_prompts
+from lightning_qlora.schema import Message, Origin
 
 __all__ = ["CHECKS", "NOT_JSON", "Check", "Question", "last_number", "parse_json", "read_questions", "schema_validator"]
 
@@ -73,22 +75,15 @@ def read_questions(path: str | Path) -> list[Question]:
     Raises:
         ValueError: If there is no such file, it holds no question, or a line is not a question; names the line.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"There is no file of questions {str(path)!r}. Write the path of a JSONL file.")
     questions: dict[str, Question] = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        if not line.strip():
-            continue
-        question = _read_question(line, Origin(str(path), number))
+    for prompt in read_prompts(path):
+        question = _as_question(prompt)
         if question.id in questions:
             raise ValueError(
                 f"{question.origin}: the id {question.id!r} is already that of line "
                 f"{questions[question.id].origin.line}. Give every question its own id."
             )
         questions[question.id] = question
-    if not questions:
-        raise ValueError(f"{path} holds no question. Write one JSON object with 'messages' or 'prompt' per line.")
     return list(questions.values())
 
 
@@ -139,57 +134,31 @@ def schema_validator(schema: dict[str, Any]) -> Any:
     return validator(schema)
 
 
-def _read_question(line: bytes, origin: Origin) -> Question:
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{origin}: not JSON ({error}). Write one JSON object per line, in UTF-8.") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{origin}: a JSON {type(row).__name__}, not an object with 'messages' or 'prompt'.")
+def _as_question(prompt: Prompt) -> Question:
+    row, origin = prompt.row, prompt.origin
     if unknown := sorted(row.keys() - _KEYS):
         raise ValueError(f"{origin}: unknown keys {unknown}; known are {sorted(_KEYS)}.")
-    messages = _read_messages(row, origin)
-    reference = row.get("reference")
-    if messages[-1].role == "assistant":
-        if reference is not None or len(messages) == 1:
-            raise ValueError(f"{origin}: the messages end with the assistant, so nothing is left to answer.")
-        reference, messages = messages[-1].content, messages[:-1]
+    turns = parse_messages(row["messages"], "messages") if "messages" in row else []
+    carried = [turn.content for turn in turns[len(prompt.messages) :]]
+    if carried and (len(carried) > 1 or row.get("reference") is not None):
+        raise ValueError(
+            f"{origin}: {len(carried)} assistant turns end the messages{' beside a reference' * ('reference' in row)}. "
+            "Write one reference answer: as the last turn, or as 'reference'."
+        )
+    reference = carried[0] if carried else row.get("reference")
     question = Question(
         id=str(row.get("id", origin.line)),
-        messages=messages,
+        messages=prompt.messages,
         origin=origin,
         reference=reference,
         check=row.get("check", None if reference is None else "exact"),
         expect=row.get("expect"),
         tolerance=row.get("tolerance", 0.0),
         tags=_texts(row, "tags", origin),
-        tools=tuple(row.get("tools") or ()),
+        tools=prompt.tools,
     )
     _validate_check(question)
     return question
-
-
-def _read_messages(row: dict[str, Any], origin: Origin) -> tuple[Message, ...]:
-    if ("messages" in row) == ("prompt" in row):
-        raise ValueError(f"{origin}: exactly one of 'messages' and 'prompt' is needed; found {sorted(row)}.")
-    turns = row.get("messages")
-    if "prompt" in row:
-        turns = [{"role": "system", "content": row["system"]}] if "system" in row else []
-        turns.append({"role": "user", "content": row["prompt"]})
-    elif "system" in row:
-        raise ValueError(f"{origin}: 'system' goes with 'prompt'; write it as the first of the messages.")
-    if not isinstance(turns, list) or not turns:
-        raise ValueError(f"{origin}: 'messages' is {turns!r}, not a list of turns with 'role' and 'content'.")
-    return tuple(_read_message(turn, origin) for turn in turns)
-
-
-def _read_message(turn: Any, origin: Origin) -> Message:
-    if not isinstance(turn, dict) or turn.get("role") not in ROLES or not isinstance(turn.get("content"), str):
-        raise ValueError(
-            f"{origin}: {turn!r} is not a turn. Write an object with a 'role' of {list(ROLES)} and a text as 'content'."
-        )
-    optional = {key: turn[key] for key in ("reasoning", "tool_call_id", "name") if turn.get(key) is not None}
-    return Message(turn["role"], turn["content"], tool_calls=tuple(turn.get("tool_calls") or ()), **optional)
 
 
 def _texts(row: dict[str, Any], key: str, origin: Origin) -> tuple[str, ...]:

@@ -8,6 +8,8 @@ from lightning_qlora.evaluation import Question, read_questions
 from lightning_qlora.evaluation.questions import NOT_JSON, last_number, parse_json
 from lightning_qlora.schema import Message
 
+USER = {"role": "user", "content": "Hi"}
+
 
 def write(tmp_path, *rows):
     path = tmp_path / "questions.jsonl"
@@ -44,17 +46,13 @@ def test_reads_the_shapes_of_a_question(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("{", "not JSON"),
-        ("[1]", "a JSON list"),
-        ({"id": "x"}, "exactly one of 'messages' and 'prompt'"),
-        ({"prompt": "x", "messages": []}, "exactly one of 'messages' and 'prompt'"),
-        ({"prompt": 3}, "is not a turn"),
-        ({"messages": []}, "not a list of turns"),
-        ({"messages": "x"}, "not a list of turns"),
-        ({"messages": [{"role": "robot", "content": "x"}]}, "is not a turn"),
-        ({"messages": [{"role": "user", "content": None}]}, "is not a turn"),
-        ({"messages": [{"role": "user", "content": "x"}], "system": "y"}, "first of the messages"),
-        ({"messages": [{"role": "assistant", "content": "x"}]}, "nothing is left to answer"),
+        ("{", "is no question"),
+        ("[1]", "is no question"),
+        ({"id": "x"}, "is no question"),
+        ({"prompt": 3}, "is no question"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "is no question"),
+        ({"messages": [USER, *[{"role": "assistant", "content": "a"}] * 2]}, "2 assistant turns end the messages"),
+        ({"messages": [USER, {"role": "assistant", "content": "a"}], "reference": "b"}, "beside a reference"),
         ({"prompt": "x", "refrence": "y"}, "unknown keys ['refrence']"),
         ({"prompt": "x", "reference": {"a": 1}}, "write the answer as text"),
         ({"prompt": "x", "tags": [1]}, "'tags' is [1]"),
@@ -74,7 +72,7 @@ def test_reads_the_shapes_of_a_question(tmp_path):
 def test_names_the_line_that_is_no_question(tmp_path, row, message):
     path = write(tmp_path, {"id": "good", "prompt": "x"}, row)
 
-    with pytest.raises(ValueError, match=r"questions\.jsonl:2: ") as error:
+    with pytest.raises(ValueError, match=r"questions\.jsonl:2") as error:
         read_questions(path)
 
     assert message in str(error.value)
@@ -88,7 +86,7 @@ def test_refuses_repeated_ids_empty_files_and_missing_files(tmp_path):
     with pytest.raises(ValueError, match="There is no file of questions"):
         read_questions(tmp_path / "missing.jsonl")
     (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "caf\xe9"}')
-    with pytest.raises(ValueError, match=r"latin\.jsonl:1: not JSON"):
+    with pytest.raises(ValueError, match=r"latin\.jsonl:1"):
         read_questions(tmp_path / "latin.jsonl")
 
 
@@ -98,7 +96,9 @@ def test_a_wrong_schema_is_found_while_reading(tmp_path):
         read_questions(write(tmp_path, {"prompt": "x", "check": "json-schema", "expect": {"type": "banana"}}))
 
 
-@pytest.mark.parametrize("text", ["", "NaN", "[Infinity]", '{"a": 1, "a": 2}', "{'a': 1}", "{} {}", "```json\n{}\n```", "[" * 10**5])
+@pytest.mark.parametrize(
+    "text", ["", "NaN", "[Infinity]", '{"a": 1, "a": 2}', "{'a': 1}", "{} {}", "```json\n{}\n```", "[" * 10**5]
+)
 def test_what_is_not_json(text):
     assert parse_json(text) is NOT_JSON
 

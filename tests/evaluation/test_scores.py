@@ -16,8 +16,8 @@ from lightning_qlora.evaluation import (
     judge,
     score_answer,
     summarise,
+    tables,
 )
-from lightning_qlora.evaluation import tables
 from lightning_qlora.schema import Message, Origin
 
 TICKET = '{"product": "router", "urgent": true, "contact": {"name": null, "phone": "12"}, "count": 2}'
@@ -63,11 +63,21 @@ def test_judges_an_answer_by_its_check(asked, answer, score):
     ("answer", "valid", "exact", "wrong"),
     [
         (TICKET, True, True, ()),
-        ('{"count": 2.0, "contact": {"phone": "12", "name": null}, "urgent": true, "product": "router"}', True, True, ()),
+        (
+            '{"count": 2.0, "contact": {"phone": "12", "name": null}, "urgent": true, "product": "router"}',
+            True,
+            True,
+            (),
+        ),
         (TICKET.replace("true", "1"), True, False, ("urgent",)),
         (TICKET.replace("null", '""').replace('"router"', '"Router"'), True, False, ("product", "contact.name")),
         (TICKET.replace('"count": 2', '"number": 2'), False, False, ("count",)),
-        (TICKET.replace("}, ", "}, 3: 4, "), False, False, ("product", "urgent", "contact.name", "contact.phone", "count")),
+        (
+            TICKET.replace("}, ", "}, 3: 4, "),
+            False,
+            False,
+            ("product", "urgent", "contact.name", "contact.phone", "count"),
+        ),
         (TICKET[:-1] + ', "extra": 1}', False, False, ()),
         (f"```json\n{TICKET}\n```", False, False, ("product", "urgent", "contact.name", "contact.phone", "count")),
         ("{}", False, False, ("product", "urgent", "contact.name", "contact.phone", "count")),
