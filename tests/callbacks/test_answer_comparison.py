@@ -46,7 +46,7 @@ def test_shows_what_training_did(folder, tokenizer, questions, tmp_path, capsys)
     callback = AnswerComparison(questions, max_new_tokens=24)
     logger = CSVLogger(tmp_path, name="logs")
 
-    tiny_trainer(tmp_path, callbacks=[callback], logger=logger, log_every_n_steps=10, max_epochs=100).fit(module, data)
+    tiny_trainer(tmp_path, callbacks=[callback], logger=logger, log_every_n_steps=1, max_epochs=100).fit(module, data)
 
     asked = read_questions(questions)
     base = load_base_model(folder)
