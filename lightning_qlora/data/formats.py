@@ -188,6 +188,8 @@ def parse_row(
         RowRefused: The row cannot be used; the reasons are in the table of this module.
         ValueError: ``format`` is none of ``FORMATS``.
     """
+    if format not in FORMATS:
+        raise ValueError(f"format is {format!r}; allowed: {', '.join(FORMATS)}")
     try:
         if not isinstance(record, Mapping):
             raise BadRowError(

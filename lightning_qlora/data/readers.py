@@ -20,6 +20,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any, Final, NamedTuple, TypeAlias, cast
 
+from typing_extensions import override
+
 from lightning_qlora.data.json_values import STRICT_DECODER, BadRowError, decode_json
 from lightning_qlora.schema import Origin, RowRefused
 
@@ -65,9 +67,8 @@ def open_bytes(path: Path) -> Iterator[IO[bytes]]:
             stream = cast(IO[bytes], opened.enter_context(gzip.open(raw)))
         elif path.suffix == ".zst":
             zstandard = _zstandard(path)
-            damage = (zstandard.ZstdError,)
-            reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-            stream = opened.enter_context(io.BufferedReader(reader))
+            damage = (EOFError, zstandard.ZstdError)
+            stream = opened.enter_context(io.BufferedReader(_Frames(raw, zstandard.ZstdDecompressor())))
         try:
             yield stream
         except damage as error:
@@ -84,6 +85,41 @@ def _zstandard(path: Path) -> Any:
             f"Reading {path} needs zstandard. Write pip install 'lightning_qlora[zstd]', or unpack the file."
         ) from None
     return zstandard
+
+
+class _Frames(io.RawIOBase):
+    """The content of zstandard frames, one after the other.
+
+    The package's own stream reader takes a frame that breaks off for the end of the file; rows would be lost
+    without a word.
+    """
+
+    def __init__(self, raw: IO[bytes], decompressor: Any) -> None:
+        super().__init__()
+        self._raw = raw
+        self._decompressor = decompressor
+        self._frame: Any = None
+        self._packed = self._content = b""
+
+    @override
+    def readable(self) -> bool:
+        return True
+
+    @override
+    def readinto(self, buffer: Any) -> int:
+        while not self._content:
+            self._packed = self._packed or self._raw.read(io.DEFAULT_BUFFER_SIZE)
+            if not self._packed:
+                if self._frame is not None:
+                    raise EOFError("it breaks off")
+                return 0
+            self._frame = self._frame or self._decompressor.decompressobj()
+            self._content, self._packed = self._frame.decompress(self._packed), b""
+            if self._frame.eof:
+                self._packed, self._frame = self._frame.unused_data, None
+        size = min(len(buffer), len(self._content))
+        buffer[:size], self._content = self._content[:size], self._content[size:]
+        return size
 
 
 def read_json_lines(path: Path, name: str, selection: Selection, first: int = 0) -> Iterator[Entry]:

@@ -13,7 +13,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Final, TypeAlias, get_args
 
@@ -100,6 +100,9 @@ class DataSource:
     def __post_init__(self) -> None:
         if not isinstance(self.path, str) or not self.path.strip():
             raise ValueError(f"path is {self.path!r}. Write a file, a folder, a pattern or a Hugging Face dataset id.")
+        if self.path.lstrip().startswith("{"):  # the command line takes an object with a wrong field for a text
+            names = ", ".join(field.name for field in fields(self))
+            raise ValueError(f"{self.path} is no data source. Allowed fields: {names}; their values as --help says.")
         if self.format not in FORMATS:
             raise ValueError(f"format is {self.format!r}. Allowed: {', '.join(get_args(Format))}.")
         if not (math.isfinite(self.weight) and self.weight > 0):
@@ -232,7 +235,8 @@ def files_of(source: DataSource) -> list[Path] | None:
         files = [path]
     elif glob.has_magic(source.path):
         found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
-        files = [file for entry in found for file in (_files_in(entry) if entry.is_dir() else [entry]) if _kind(file)]
+        files = [file for entry in found for file in (_files_in(entry) if entry.is_dir() else [entry])]
+        files = [file for file in files if _kind(file) and file.name not in _NO_ROWS]
     elif _may_be_dataset_id(source.path):
         return None
     else:
