@@ -149,7 +149,9 @@ class PerformanceMonitor(Callback):
         self._settle()
         if not self._num_batches:
             return
-        counts = torch.tensor([*self._totals[1:], *self._all_tokens], device=trainer.strategy.root_device)
+        device = trainer.strategy.root_device
+        dtype = torch.float32 if device.type == "mps" else torch.float64  # exact counts; Apple's GPUs have no float64
+        counts = torch.tensor([*self._totals[1:], *self._all_tokens], device=device, dtype=dtype)
         tokens, supervised, flops, all_tokens, all_supervised = trainer.strategy.reduce(
             counts, reduce_op="sum"
         ).tolist()
