@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 from typing_extensions import override
 
-from lightning_qlora.data.collators import Document, PackedCollator, PaddedCollator
+from lightning_qlora.data.batching import Batching
+from lightning_qlora.data.collators import Document
 from lightning_qlora.data.packing import BatchPlan
 from lightning_qlora.schema import SFTBatch
 
@@ -31,15 +32,13 @@ class BatchDataset(Dataset[SFTBatch]):
     Args:
         documents: The prepared rows.
         plan: Which rows make each batch.
-        collate: Makes a batch of the rows.
+        batching: Makes a batch of the rows.
     """
 
-    def __init__(
-        self, documents: Sequence[Document], plan: BatchPlan, collate: PackedCollator | PaddedCollator
-    ) -> None:
+    def __init__(self, documents: Sequence[Document], plan: BatchPlan, batching: Batching) -> None:
         self.documents = documents
         self.plan = plan
-        self.collate = collate
+        self.batching = batching
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -47,8 +46,8 @@ class BatchDataset(Dataset[SFTBatch]):
     @override
     def __getitem__(self, index: int) -> SFTBatch:
         if index == FILLER_INDEX:
-            return self.collate([Document.filler(self.collate.pad_token_id)])
-        return self.collate([self.documents[row] for row in self.plan[index].tolist()])
+            return self.batching.filler()
+        return self.batching.collate([self.documents[row] for row in self.plan[index].tolist()])
 
 
 class EpochSampler(DistributedSampler[int]):
