@@ -39,6 +39,7 @@ unknown-role                 a role outside of ``messages.ROLE_NAMES``
 missing-content              null content without a tool call
 content-not-text             content, prompt, answer ... is a number, an object, or holds an image
 empty-answer                 an assistant turn, completion or output of nothing but white space
+unwanted-answer              a prompt-completion row with ``label: false`` (unpaired preference data)
 empty-user-turn              a user turn, prompt or instruction of nothing but white space
 empty-text                   a raw text of nothing but white space
 lone-system                  a system turn and nothing else
@@ -271,15 +272,19 @@ def _with_system(messages: list[Message], record: Mapping[str, Any]) -> list[Mes
 
 def _conversation(messages: list[Message], record: Mapping[str, Any], origin: Origin) -> Conversation:
     kwargs = record.get("chat_template_kwargs")
-    kwargs = {} if kwargs is None else kwargs
-    if not isinstance(kwargs, Mapping) or not _RENDERER_VARIABLES.isdisjoint(kwargs):
+    tools = parse_tools(_first(record, ("tools", "functions")))
+    turns = check_turns(_with_system(messages, record))
+    return Conversation(turns, origin, tools, {} if kwargs is None else _template_kwargs(kwargs))
+
+
+def _template_kwargs(found: object) -> dict[str, Any]:
+    if not isinstance(found, Mapping) or not _RENDERER_VARIABLES.isdisjoint(found):
         raise BadRowError(
             "bad-template-kwargs",
-            f"chat_template_kwargs is {described(kwargs)}; allowed: an object without {', '.join(_RENDERER_VARIABLES)}",
+            f"chat_template_kwargs is {described(found)}; allowed: an object without {', '.join(_RENDERER_VARIABLES)}",
         )
-    check_value(kwargs, "chat_template_kwargs")
-    tools = parse_tools(_first(record, ("tools", "functions")))
-    return Conversation(check_turns(_with_system(messages, record)), origin, tools, dict(kwargs))
+    check_value(found, "chat_template_kwargs")
+    return dict(found)
 
 
 def _from_messages(record: Mapping[str, Any], origin: Origin) -> Conversation:
@@ -319,6 +324,10 @@ def _history(history: object) -> list[tuple[str, str]]:
 
 
 def _from_prompt_completion(record: Mapping[str, Any], origin: Origin) -> Conversation:
+    if record.get("label") is False:
+        raise BadRowError(
+            "unwanted-answer", "label: false marks the completion as a bad example; allowed: label: true, or no label"
+        )
     prompt = _prompt_turns(_first(record, _PROMPT_COLUMNS, needed_by="prompt_completion"))
     found = _first(record, _COMPLETION_COLUMNS, needed_by="prompt_completion")
     if is_turns(found):

@@ -35,6 +35,10 @@ LIST_KEYS: Final = ("data", "rows", "examples", "records")
 """Where a JSON object that wraps the list of rows keeps it."""
 
 
+_PACKED_BYTES: Final = 512
+"""Bytes of a zstandard frame that are unpacked at a time; repetitive text grows a thousandfold."""
+
+
 class Selection(NamedTuple):
     """Which rows of a source are wanted, by their position over all its files, counted from 0.
 
@@ -108,7 +112,7 @@ class _Frames(io.RawIOBase):
     @override
     def readinto(self, buffer: Any) -> int:
         while not self._content:
-            self._packed = self._packed or self._raw.read(io.DEFAULT_BUFFER_SIZE)
+            self._packed = self._packed or self._raw.read(_PACKED_BYTES)
             if not self._packed:
                 if self._frame is not None:
                     raise EOFError("it breaks off")

@@ -208,6 +208,7 @@ VERDICTS = [
     ("empty-answer", {"prompt": "Hi", "completion": ""}, {}),
     ("empty-answer", {"instruction": "Hi", "output": None}, {}),
     ("empty-answer", {"prompt": "Hi", "completion": ""}, {"format": "raw_completion"}),
+    ("unwanted-answer", {"prompt": "Hi", "completion": "Go away", "label": False}, {}),
     ("empty-user-turn", chat({"role": "user", "content": ""}, ASSISTANT), {}),
     ("empty-user-turn", {"instruction": "", "input": " ", "output": "Hello"}, {}),
     ("empty-text", {"text": " \n"}, {}),

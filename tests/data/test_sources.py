@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import textwrap
+import tracemalloc
 from types import SimpleNamespace
 
 import datasets
@@ -13,6 +14,7 @@ import jsonargparse
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 
 from lightning_qlora.data.sources import (
     DataSource,
@@ -118,6 +120,37 @@ def test_verdicts_of_files_and_of_rows_come_in_order(tmp_path):
     reasons = [item.reason if isinstance(item, RowRefused) else "good" for item in found]
     assert reasons == ["good", "broken-json", "not-an-object", "good", "not-an-object"]
     assert [item.origin.line for item in found] == [1, 2, 4, 5, 6]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet", "arrow", "jsonl.gz", "jsonl.zst"])
+def test_memory_does_not_grow_with_the_file(suffix, tmp_path):
+    def peak_bytes(count):
+        path = tmp_path / f"{count}.{suffix}"
+        rows = [{"prompt": f"question {n}", "completion": "word " * 100} for n in range(count)]
+        write_table(rows, path)
+        tracemalloc.start()
+        assert sum(1 for _ in read_rows(str(path))) == count
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+
+    peak_bytes(10)  # imports
+    assert peak_bytes(6000) < peak_bytes(2000) + 100_000  # the rows themselves are 2 MB more
+
+
+def write_table(rows, path):
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    if path.suffix == ".csv":
+        path.write_text("prompt,completion\n" + "".join(f"{row['prompt']},{row['completion']}\n" for row in rows))
+    elif path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=1000)
+    elif path.suffix == ".arrow":
+        table = pa.Table.from_pylist(rows)
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+    else:
+        pack = {".gz": gzip.compress, ".zst": zstandard.compress}.get(path.suffix, bytes)
+        path.write_bytes(pack(lines))
 
 
 BAD_SOURCES = {
