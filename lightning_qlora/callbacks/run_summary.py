@@ -40,13 +40,14 @@ class RunSummary(ModelSummary):
         super().on_fit_start(trainer, pl_module)
         if not trainer.is_global_zero:
             return
-        model = getattr(pl_module, "model", None) or pl_module
-        storages = count_storage(model)
-        rows = [*_describe_model(pl_module, model, storages), ("Precision", str(trainer.precision))]
-        report = getattr(getattr(trainer, "datamodule", None), "report", None)
-        if isinstance(report, PreparationReport):
-            rows += _describe_data(report)
-        rows += _describe_memory(trainer, model, _tokens_per_batch(report))
+        model = getattr(pl_module, "model", None)
+        model = model if isinstance(model, nn.Module) else pl_module
+        rows = [*_describe_model(pl_module, model, count_storage(model)), ("Precision", str(trainer.precision))]
+        reports = _reports(trainer)
+        for stage, report in reports.items():
+            rows += _describe_data(report) if stage == "train" else [(stage.capitalize(), _describe_rows(report))]
+        if "train" in reports and isinstance(model, PeftModel):
+            rows.append(("Memory", _describe_memory(trainer, model, _tokens_per_batch(trainer, reports["train"]))))
         print("\n".join(_lay_out(title, text) for title, text in rows), flush=True)
 
     @override
@@ -56,15 +57,27 @@ class RunSummary(ModelSummary):
         Only now: asked before the loaders exist, Lightning would build them, and a resumed run would lose its place in
         the data (Lightning-AI/pytorch-lightning#20550).
         """
-        if trainer.is_global_zero:
-            print(_lay_out("Steps", _describe_steps(trainer)), flush=True)
+        if not trainer.is_global_zero:
+            return
+        report = _reports(trainer).get("train")
+        if report is not None and report.packing:
+            batches, tokens = report.packing["batches"], report.packing["tokens_per_batch"]
+            full = 100 * report.packing["efficiency"]
+            print(_lay_out("Batches", f"{batches:,.0f} of about {tokens:,.0f} tokens, {full:.1f} % full"))
+        print(_lay_out("Steps", _describe_steps(trainer)), flush=True)
+
+
+def _reports(trainer: L.Trainer) -> dict[str, PreparationReport]:
+    """Return what the data module says of each stage's rows; nothing where it is not ours."""
+    reports = getattr(getattr(trainer, "datamodule", None), "reports", None) or {}
+    return {stage: report for stage, report in reports.items() if isinstance(report, PreparationReport)}
 
 
 def _describe_model(pl_module: L.LightningModule, model: nn.Module, storages: list[Storage]) -> list[tuple[str, str]]:
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     rows = []
     if (name := getattr(pl_module, "model_name", None)) is not None:
-        revision = getattr(pl_module, "revision", None) or getattr(base.config, "_commit_hash", None)
+        revision = getattr(pl_module, "revision", None) or getattr(getattr(base, "config", None), "_commit_hash", None)
         rows.append(("Base", f"{name} ({type(base).__name__}{f', revision {revision}' if revision else ''})"))
     numel, nbytes = sum(s.numel for s in storages), sum(s.nbytes for s in storages)
     rows.append(("Parameters", f"{numel:,} in {_size(nbytes)}: {', '.join(map(_storage, storages))}"))
@@ -94,7 +107,8 @@ def _describe_adapters(config: PeftConfig) -> str:
         return getattr(config.peft_type, "value", type(config).__name__)
     kind = "DoRA" if config.use_dora else "rsLoRA" if config.use_rslora else "LoRA"
     targets = config.target_modules
-    named = targets if isinstance(targets, str) else ", ".join(sorted(targets or ()))
+    # PEFT spells all-linear out, layer by layer.
+    named = targets if isinstance(targets, str) else ", ".join(sorted({t.rsplit(".", 1)[-1] for t in targets or ()}))
     parts = [f"{kind} r={config.r} alpha={config.lora_alpha} dropout={config.lora_dropout:g} on {named}"]
     if config.init_lora_weights is not True:
         parts.append(f"initialised by {config.init_lora_weights}")
@@ -106,8 +120,7 @@ def _describe_adapters(config: PeftConfig) -> str:
 
 
 def _describe_data(report: PreparationReport) -> list[tuple[str, str]]:
-    refused = ", ".join(f"{count:,} {reason}" for reason, count in report.refused.items()) or "none refused"
-    rows = [("Rows", f"{report.rows_kept:,} kept of {report.rows_read:,} read ({refused})")]
+    rows = [("Rows", _describe_rows(report))]
     if report.length_percentiles:
         lengths = ", ".join(f"p{p} {tokens:,}" for p, tokens in report.length_percentiles.items())
         rows.append(("Lengths", f"{lengths} tokens"))
@@ -117,33 +130,35 @@ def _describe_data(report: PreparationReport) -> list[tuple[str, str]]:
     rows.append(("Limit", f"{report.max_length:,} tokens: {over}"))
     share = 100 * report.num_supervised_tokens / max(1, report.num_tokens)
     rows.append(("Tokens", f"{report.num_tokens:,}, {report.num_supervised_tokens:,} supervised ({share:.1f} %)"))
-    if report.packing:
-        batches, tokens = report.packing["batches"], report.packing["tokens_per_batch"]
-        full = 100 * report.packing["efficiency"]
-        rows.append(("Batches", f"{batches:,.0f} of about {tokens:,.0f} tokens, {full:.1f} % full"))
     return rows
 
 
-def _describe_memory(trainer: L.Trainer, model: nn.Module, num_tokens: int | None) -> list[tuple[str, str]]:
-    if num_tokens is None or not isinstance(model, PeftModel):
-        return []
-    quantised = getattr(model.get_base_model().config, "quantization_config", None)
-    dtype = getattr(quantised, "bnb_4bit_compute_dtype", None) or model.get_base_model().dtype
+def _describe_rows(report: PreparationReport) -> str:
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in report.refused.items())
+    refused = f"refused: {reasons}" if reasons else "none refused"
+    return f"{report.rows_kept:,} kept of {report.rows_read:,} read ({refused})"
+
+
+def _describe_memory(trainer: L.Trainer, model: PeftModel, num_tokens: int) -> str:
+    base: Any = model.get_base_model()
+    dtype = getattr(getattr(base.config, "quantization_config", None), "bnb_4bit_compute_dtype", None)
     estimate = estimate_memory(
         model,
         num_tokens=num_tokens,
         optimizers=trainer.optimizers,
-        dtype=dtype if isinstance(dtype, torch.dtype) else torch.float32,
-        checkpointing=any(getattr(module, "gradient_checkpointing", False) for module in model.modules()),
+        dtype=dtype if isinstance(dtype, torch.dtype) else base.dtype,
+        checkpointing=any(getattr(module, "gradient_checkpointing", False) for module in base.modules()),
     )
     items = ", ".join(f"{name} {_size(nbytes)}" for name, nbytes in estimate._asdict().items())
-    return [("Memory", f"about {_size(estimate.total)}, an estimate without the libraries themselves: {items}")]
+    return f"about {_size(estimate.total)} by estimate, the libraries themselves not counted: {items}"
 
 
-def _tokens_per_batch(report: object) -> int | None:
-    if not isinstance(report, PreparationReport):
-        return None
-    return int(report.packing["tokens_per_batch"]) if report.packing else report.max_length
+def _tokens_per_batch(trainer: L.Trainer, report: PreparationReport) -> int:
+    """Return the tokens of one micro-batch, or the most it may have while the batches are not planned yet."""
+    if report.packing:
+        return int(report.packing["tokens_per_batch"])
+    data: Any = getattr(trainer, "datamodule", None)
+    return int(getattr(data, "tokens_per_batch", None) or report.max_length)
 
 
 def _describe_steps(trainer: L.Trainer) -> str:

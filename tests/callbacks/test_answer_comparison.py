@@ -8,8 +8,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMPr
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tiny import tiny_tokenizer
-from tiny_chats import CHATS, TinyChats, tiny_sft_module, tiny_trainer
 from tiny_models import save_tiny_model
+from tiny_training import CHATS, TinyChats, tiny_sft_module, tiny_trainer
 
 from lightning_qlora.callbacks import AnswerComparison
 from lightning_qlora.evaluation import answer_questions, read_questions

@@ -7,8 +7,8 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from tiny import tiny_tokenizer
-from tiny_chats import TinyChats, tiny_sft_module, tiny_trainer
 from tiny_models import save_tiny_model
+from tiny_training import TinyChats, tiny_sft_module, tiny_trainer
 
 from lightning_qlora.accounting import step_flops
 from lightning_qlora.callbacks import PerformanceMonitor, performance_monitor

@@ -34,7 +34,7 @@ PROMPTS = (
 
 @pytest.fixture(scope="module")
 def template():
-    return ChatTemplate(tiny_tokenizer("qwen"))
+    return ChatTemplate(tiny_tokenizer("chatml"))
 
 
 @pytest.fixture(scope="module")
