@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,15 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftModel
-from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedModel, TextStreamer
+from torch import Tensor
+from transformers import (
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TextStreamer,
+)
 
 from lightning_qlora.data.chat_template import ChatTemplate
 from lightning_qlora.evaluation import (
@@ -23,7 +32,8 @@ from lightning_qlora.evaluation import (
     generate_answers,
     read_questions,
 )
-from lightning_qlora.model import Quantization, compute_dtype, load_adapter, load_base_model
+from lightning_qlora.identity import check_adapter
+from lightning_qlora.model import Quantization, compute_dtype, load_adapter, load_base_model, read_adapter_base
 from lightning_qlora.pretrained import load_tokenizer
 from lightning_qlora.publishing import read_manifest
 from lightning_qlora.schema import Message, Origin
@@ -57,6 +67,8 @@ def generate(
     repetition_penalty: float = 1.0,
     seed: int = 0,
     batch_size: int = 16,
+    template_kwargs: dict[str, Any] | None = None,
+    allow_mismatch: list[str] | None = None,
     trust_remote_code: bool = False,
 ) -> None:
     """Answer one prompt or a file of questions, or chat in the terminal, with an adapter or the base alone.
@@ -82,6 +94,9 @@ def generate(
         repetition_penalty: Above 1, tokens that have occurred become less likely.
         seed: Of the random draws.
         batch_size: Questions of a file that are answered together.
+        template_kwargs: Extra variables for the chat template, such as enable_thinking: false.
+        allow_mismatch: What may differ from the training when an adapter is loaded: base, quantization, tokenizer,
+            chat_template.
         trust_remote_code: Whether Python code from the base's repository may run.
     """
     adapters = [adapter] if isinstance(adapter, str) else list(adapter or ())
@@ -90,7 +105,9 @@ def generate(
         raise ValueError(f"max_new_tokens is {max_new_tokens}, batch_size {batch_size}; write whole numbers above 0.")
     sampling = _sampling_options(temperature, top_p, top_k, repetition_penalty)
     questions = [] if file is None else _read_file(Path(file), system)
-    model, template = _load(adapters, base, revision, quantization, trust_remote_code)
+    model, template = _load(
+        adapters, base, revision, quantization, template_kwargs, list(allow_mismatch or ()), trust_remote_code
+    )
     torch.manual_seed(seed)
     if file is not None:
         answers = generate_answers(
@@ -104,8 +121,7 @@ def generate(
         )
         _write_answers(questions, answers, output)
         return
-    model.generation_config = decoding_config(model, template, max_new_tokens, **sampling)
-    chat = _Chat(model, template, system)
+    chat = _Chat(model, template, system, decoding_config(model, template, max_new_tokens, **sampling))
     if prompt is not None:
         chat.answer(prompt)
     else:
@@ -115,8 +131,12 @@ def generate(
 class _Chat:
     """A conversation in the terminal."""
 
-    def __init__(self, model: PreTrainedModel | PeftModel, template: ChatTemplate, system: str | None) -> None:
+    def __init__(
+        self, model: PreTrainedModel | PeftModel, template: ChatTemplate, system: str | None, decoding: GenerationConfig
+    ) -> None:
         self.model = model
+        # The model's own defaults would take part in every option left unset.
+        self.decoding = model.generation_config = _plain_model(model).generation_config = decoding
         self.template = template
         self.system = system
         self.turns: list[Message] = []
@@ -148,7 +168,7 @@ class _Chat:
             print(f"The chat template cannot render this: {error}")
             return
         limit = getattr(self.model.config, "max_position_embeddings", None)
-        if limit is not None and len(prompt_ids) + self.model.generation_config.max_new_tokens > limit:
+        if limit is not None and len(prompt_ids) + self.decoding.max_new_tokens > limit:
             print(f"({len(prompt_ids)} tokens so far, of {limit} that the model can see; /reset starts over.)")
         text = self._stream(prompt_ids)
         if text:
@@ -157,13 +177,16 @@ class _Chat:
     def _stream(self, prompt_ids: list[int]) -> str:
         """Generate and print; an interrupt ends the answer where it is."""
         tokenizer = self.template.tokenizer
-        streamer = _Recorder(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = _Recorder(tokenizer, self.decoding.eos_token_id or ())
         input_ids = torch.tensor([prompt_ids], device=next(self.model.parameters()).device)
         base_only = isinstance(self.model, PeftModel) and not self.adapters_on
         try:
             with adapters_off(self.model) if base_only else nullcontext():  # type: ignore[arg-type]
                 self.model.generate(  # type: ignore[operator]
-                    input_ids=input_ids, attention_mask=torch.ones_like(input_ids), streamer=streamer
+                    input_ids=input_ids,
+                    attention_mask=torch.ones_like(input_ids),
+                    generation_config=self.decoding,
+                    streamer=streamer,
                 )
         except KeyboardInterrupt:
             streamer.end()  # type: ignore[no-untyped-call]
@@ -199,9 +222,16 @@ class _Chat:
 
 
 class _Recorder(TextStreamer):
-    """Prints an answer as it is generated and keeps its text."""
+    """Prints an answer as it is generated, without the token that ends it, and keeps its text."""
 
-    text = ""
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[int]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.stop = frozenset(stop)
+        self.text = ""
+
+    def put(self, value: Tensor) -> None:
+        if value.numel() > 1 or self.next_tokens_are_prompt or int(value) not in self.stop:
+            super().put(value)  # type: ignore[no-untyped-call]
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         self.text += text
@@ -235,31 +265,48 @@ def _sampling_options(temperature: float, top_p: float, top_k: int, repetition_p
 
 
 def _load(
-    adapters: list[str], base: str | None, revision: str | None, quantization: str, trust_remote_code: bool
+    adapters: list[str],
+    base: str | None,
+    revision: str | None,
+    quantization: str,
+    template_kwargs: dict[str, Any] | None,
+    allow_mismatch: list[str],
+    trust_remote_code: bool,
 ) -> tuple[PreTrainedModel | PeftModel, ChatTemplate]:
     """Load the base as the adapters were trained on it, the adapters, and the tokenizer that belongs to them."""
     trained_on = [_adapter_base(Path(adapter)) for adapter in adapters]
     if base is None:
         if len(set(trained_on)) > 1:
-            raise ValueError(
-                f"The adapters name different bases: {trained_on}. Write --base, or one adapter at a time."
-            )
-        base = trained_on[0]
+            names = ", ".join(name for name, _ in trained_on)
+            raise ValueError(f"The adapters name different bases: {names}. Write --base, or one adapter at a time.")
+        base, trained_revision = trained_on[0]
+        revision = revision or trained_revision
     chosen = _trained_quantization(adapters) if quantization == "auto" else _QUANTIZATIONS[quantization]
     model: PreTrainedModel | PeftModel = load_base_model(
         base, revision=revision, quantization=chosen, trust_remote_code=trust_remote_code
     )
+    tokenizer: PreTrainedTokenizerBase
+    if adapters and (Path(adapters[0]) / "tokenizer_config.json").is_file():
+        tokenizer = AutoTokenizer.from_pretrained(adapters[0])  # as training used it, template and padding included
+    else:
+        tokenizer = load_tokenizer(base, revision=revision, trust_remote_code=trust_remote_code)
+    for adapter in adapters:  # all against the bare base
+        check_adapter(adapter, model, tokenizer, allow_mismatch)
     for adapter in adapters:
         if isinstance(model, PeftModel):
             _load_another(model, adapter)
         else:
             model = load_adapter(model, adapter, name=_adapter_name(adapter))
     model.eval()
-    own = bool(adapters) and (Path(adapters[0]) / "tokenizer_config.json").is_file()
-    tokenizer = load_tokenizer(adapters[0] if own else base, revision=revision, trust_remote_code=trust_remote_code)
     if adapters and (Path(adapters[0]) / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(adapters[0])
-    return model, ChatTemplate(tokenizer)
+        stop = GenerationConfig.from_pretrained(adapters[0]).eos_token_id
+        _plain_model(model).generation_config.eos_token_id = stop
+    return model, ChatTemplate(tokenizer, template_kwargs=template_kwargs)
+
+
+def _plain_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    plain: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model  # type: ignore[assignment]
+    return plain
 
 
 def _load_another(model: PeftModel, adapter: str) -> None:
@@ -279,25 +326,25 @@ def _adapter_name(folder: str) -> str:
 _QUANTIZATIONS: dict[str, Quantization] = {"nf4": "nf4", "int8": "int8", "none": None}
 
 
-def _adapter_base(folder: Path) -> str:
-    """Read which base an adapter was trained on."""
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+def _adapter_base(folder: Path) -> tuple[str, str | None]:
+    """Read which base, and which revision of it, an adapter was trained on."""
+    if not (folder / "adapter_config.json").is_file():
         raise ValueError(
             f"{str(folder)!r} is no adapter folder: it holds no adapter_config.json. Write the folder that "
             "AdapterCheckpoint or PEFT's save_pretrained made."
-        ) from error
-    return str(config["base_model_name_or_path"])
+        )
+    return read_adapter_base(folder)
 
 
 def _trained_quantization(adapters: list[str]) -> Quantization:
-    """Read from the manifest how the base was stored in training; NF4, with a remark, where it does not say."""
+    """Read from the manifest how the base was stored in training; NF4, with a remark, where nothing says it."""
     manifest = read_manifest(adapters[0]) if adapters else None
-    if manifest is None or "quantization" not in manifest.metadata:
-        print("How the base was stored in training is not known: loading it in 4-bit NF4.", file=sys.stderr)
+    identity = {} if manifest is None else manifest.metadata.get("identity") or {}
+    if "quantization" not in identity:
+        if adapters:
+            print("How the base was stored in training is not known: loading it in 4-bit NF4.", file=sys.stderr)
         return "nf4"
-    options = manifest.metadata["quantization"]
+    options = identity["quantization"]
     if options is None:
         return None
     # The compute dtype is that of this machine, which need not be the one that trained.
