@@ -1,74 +1,87 @@
-"""A data module of a few tiny chats, for tests of what runs around training."""
+"""Tiny chats in files, and a module that records which rows it is trained on."""
 
 from __future__ import annotations
 
+import json
+import random
+from pathlib import Path
+from typing import Any
+
 import lightning as L
 import torch
-from peft import LoraConfig
-from tiny_models import pack_batch
-from torch.utils.data import DataLoader
+from lightning.pytorch.callbacks import ModelCheckpoint
+from tiny import tiny_tokenizer
+from torch import nn
 
-from lightning_qlora.data.chat_template import ChatTemplate
-from lightning_qlora.modules import SFTModule
-from lightning_qlora.schema import Conversation, Message, Origin
-
-CHATS = (
-    ("Hi", "Hello!"),
-    ("What is the capital of France?", "Paris."),
-    ("How are you today?", "I'm fine, thank you."),
-    ("0 1 2 3", "4 5 6"),
-    ("Please answer.", "The answer is 7."),
-    ("fox", "The quick brown fox jumps over the lazy dog."),
-)
+from lightning_qlora.data import SFTDataModule
+from lightning_qlora.loop_state import repair_loops
 
 
-class TinyChats(L.LightningDataModule):
-    """Packed batches of ``chats_per_batch`` chats, the same in training and validation, in a fixed order."""
+def write_chats(path: Path, count: int, *, first: int = 0, seed: int = 0) -> Path:
+    """Write ``count`` different chats of one to three exchanges as JSON lines."""
+    rng = random.Random(seed)
+    rows = []
+    for number in range(first, first + count):
+        turns = []
+        for _ in range(rng.randint(1, 3)):
+            turns.append({"role": "user", "content": f"Question {number}: " + "what " * rng.randint(0, 6)})
+            turns.append({"role": "assistant", "content": f"Answer {number} " + "yes " * rng.randint(0, 4)})
+        rows.append({"messages": turns})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
 
-    def __init__(self, tokenizer, chats=CHATS, chats_per_batch=2):
+
+class Recorder(L.LightningModule):
+    """Trains one number and remembers ``(epoch, batch_idx, row_ids)`` of every training batch."""
+
+    def __init__(self, *, ask_for_steps: bool = False) -> None:
         super().__init__()
-        self.tokenizer = tokenizer
-        self.chat = ChatTemplate(tokenizer)
-        turns = [(Message("user", question), Message("assistant", answer)) for question, answer in chats]
-        rows = [self.chat.encode(Conversation(t, Origin("chats", i))) for i, t in enumerate(turns)]
-        groups = [rows[i : i + chats_per_batch] for i in range(0, len(rows), chats_per_batch)]
-        self.batches = [
-            pack_batch([torch.tensor(r.input_ids) for r in group], [torch.tensor(r.supervised) for r in group])
-            for group in groups
-        ]
+        self.weight = nn.Parameter(torch.zeros(()))
+        self.ask_for_steps = ask_for_steps
+        self.seen: list[tuple[int, int, tuple[int, ...]]] = []
+        self.optimizer_steps: list[int] = []
+        self.validated_after: list[int] = []
+        self.evaluated: list[tuple[int, ...]] = []
 
-    @property
-    def stop_token_ids(self):
-        return self.chat.stop_token_ids
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        repair_loops(checkpoint)
 
-    @property
-    def control_token_ids(self):
-        return self.chat.control_token_ids
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        if self.ask_for_steps:  # sets the loaders up before the checkpoint is restored
+            assert self.trainer.estimated_stepping_batches > 0
+        return torch.optim.SGD([self.weight], lr=0.1)
 
-    def train_dataloader(self):
-        return DataLoader(self.batches, batch_size=None)
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
+        self.seen.append((self.current_epoch, batch_idx, batch["row_ids"]))
+        return (self.weight - sum(batch["row_ids"]) / 100) ** 2
 
-    def val_dataloader(self):
-        return DataLoader(self.batches[:1], batch_size=None)
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer_steps.append(len(self.seen))
 
-    def test_dataloader(self):
-        return DataLoader(self.batches[:1], batch_size=None)
+    def on_validation_start(self) -> None:
+        if not self.trainer.sanity_checking:
+            self.validated_after.append(len(self.seen))
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        if not self.trainer.sanity_checking:
+            self.evaluated.append(batch["row_ids"])
+
+    test_step = validation_step
 
 
-def tiny_sft_module(folder, *, lr=5e-2, r=8, dropout=0.0, **options):
-    torch.manual_seed(0)
-    lora = LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear", lora_dropout=dropout, task_type="CAUSAL_LM")
-    return SFTModule(folder, lora=lora, lr=lr, lr_scheduler=None, untrained_tokens="ignore", **options)
+def make_data(source: Path, cache: Path, **options: Any) -> SFTDataModule:
+    """Make a data module with few rows to a batch."""
+    settings: dict[str, Any] = {"max_length": 192, "tokens_per_batch": 384, "batch_size": 4}
+    return SFTDataModule(str(source), tokenizer=tiny_tokenizer(), cache_dir=str(cache), **{**settings, **options})
 
 
-def tiny_trainer(root, **options):
-    defaults = {
-        "accelerator": "cpu",
-        "default_root_dir": root,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "max_epochs": 2,
-    }
-    return L.Trainer(**{**defaults, **options})
+def fit(
+    data: SFTDataModule, module: Recorder | None = None, *, ckpt_path: str | None = None, **trainer: Any
+) -> Recorder:
+    """Train quietly on the CPU and return the module."""
+    module = module or Recorder()
+    saves = any(isinstance(callback, ModelCheckpoint) for callback in trainer.get("callbacks", ()))
+    defaults: dict[str, Any] = {"logger": False, "enable_checkpointing": saves}
+    quiet = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
+    L.Trainer(**quiet, **{**defaults, **trainer}).fit(module, datamodule=data, ckpt_path=ckpt_path)
+    return module

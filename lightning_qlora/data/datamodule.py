@@ -29,6 +29,7 @@ from lightning_qlora.data.sources import Sources
 from lightning_qlora.data.stages import PreparedStages, Stage
 from lightning_qlora.data.streaming import StreamingBatches, StreamingLoader
 from lightning_qlora.data.truncation import OVERLONG_POLICIES, OverlongPolicy
+from lightning_qlora.loop_state import count_batches
 from lightning_qlora.pretrained import cache_dir as default_cache_dir
 from lightning_qlora.pretrained import load_tokenizer
 from lightning_qlora.schema import Origin, PromptBatch, RowRefused, SFTBatch
@@ -160,6 +161,7 @@ class SFTDataModule(L.LightningDataModule):
         )
         self._plans: dict[tuple[Stage, Batching], BatchPlan] = {}
         self._train_loader: ResumableLoader | StreamingLoader | None = None
+        self._limit_val_batches: int | float | None = None
         self._position = TrainingPosition()
         self._stream_position: dict[str, Any] | None = None
 
@@ -279,6 +281,16 @@ class SFTDataModule(L.LightningDataModule):
         """Read the cache, in every process."""
         for name in self._wanted_stages(stage):
             self._stages.set_up(name)
+        trainer, own = self.trainer, type(self).val_dataloader is SFTDataModule.val_dataloader
+        if trainer is not None and trainer.state.fn is TrainerFn.FITTING and own and "validation" not in self._stages:
+            # Lightning's own switch; a loader without batches would make it warn that something may be wrong.
+            self._limit_val_batches, trainer.limit_val_batches = trainer.limit_val_batches, 0
+
+    @override
+    def teardown(self, stage: str | None = None) -> None:
+        """Leave the trainer as it was."""
+        if self._limit_val_batches is not None and self.trainer is not None:
+            self.trainer.limit_val_batches, self._limit_val_batches = self._limit_val_batches, None
 
     def _wanted_stages(self, stage: str | None = None) -> list[Stage]:
         function = TrainerFn(stage) if stage else self.trainer.state.fn if self.trainer else None
@@ -329,15 +341,16 @@ class SFTDataModule(L.LightningDataModule):
         return StreamingLoader(stream, batches_seen=self._batches_seen, position=self._stream_position, **options)
 
     def _batches_seen(self) -> int:
-        if self.trainer is None:
-            return 0
-        total: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total
-        return int(total.processed)
+        return count_batches(self.trainer).total if self.trainer is not None else 0
 
     @override
-    def val_dataloader(self) -> Any:
-        """Return the validation batches, in a fixed order; nothing where there is no validation data."""
-        return self._evaluation_loader("validation") if "validation" in self._stages else []
+    def val_dataloader(self) -> DataLoader[SFTBatch]:
+        """Return the validation batches, in a fixed order."""
+        if "validation" not in self._stages:
+            raise MisconfigurationException(
+                "There is no validation data. Write --data.validation FILE, or --data.validation_fraction 0.05."
+            )
+        return self._evaluation_loader("validation")
 
     @override
     def test_dataloader(self) -> DataLoader[SFTBatch]:
@@ -451,4 +464,4 @@ class SFTDataModule(L.LightningDataModule):
         return {"batches": f"{batches}-{self.seed}", "made_of": made_of}
 
     def _first_batch(self, epoch: int) -> int:
-        return self._position.first_batch(self.trainer, epoch)
+        return self._position.begin(self.trainer, epoch)

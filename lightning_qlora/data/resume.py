@@ -11,6 +11,8 @@ import numpy.typing as npt
 import torch.distributed as dist
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_qlora.loop_state import count_batches
+
 __all__ = ["TrainingPosition", "check_identity", "gather_states", "hash_arrays"]
 
 STATE_FORMAT = 1
@@ -19,22 +21,24 @@ STATE_FORMAT = 1
 class TrainingPosition:
     """How far training has come, in epochs and batches of one rank.
 
-    It is read from Lightning's own progress, which counts a batch once its step is through, so a batch that was
-    fetched ahead or interrupted is not lost. It is restored when the first batch of the resumed epoch is needed.
+    It is read from Lightning's own counters (:mod:`lightning_qlora.loop_state`), and restored when the first batch of
+    the resumed epoch is needed.
     """
 
     def __init__(self) -> None:
+        self._epoch = 0
         self._resume: tuple[int, int] | None = None
 
     def state_dict(self, trainer: L.Trainer) -> dict[str, Any]:
-        """Return the position as plain values."""
-        loop: Any = trainer.fit_loop
-        epoch, batch = loop.epoch_progress.current, loop.epoch_loop.batch_progress.current
-        finished = epoch.started == epoch.processed  # between two epochs; the batch counters are still the last one's
+        """Return the position as plain values: the epoch of the next batch, and the batches of it done before."""
+        position = self._resume
+        if position is None:
+            counts = count_batches(trainer)
+            position = (self._epoch + 1, 0) if counts.epoch_finished else (self._epoch, counts.done)
         return {
             "format": STATE_FORMAT,
-            "epoch": epoch.processed,
-            "batches_done": 0 if finished else batch.processed,
+            "epoch": position[0],
+            "batches_done": position[1],
             "world_size": trainer.world_size,
         }
 
@@ -51,23 +55,22 @@ class TrainingPosition:
             )
         self._resume = (state["epoch"], state["batches_done"])
 
-    def first_batch(self, trainer: L.Trainer | None, epoch: int) -> int:
-        """Return how many batches of the epoch are done already.
+    def begin(self, trainer: L.Trainer | None, epoch: int) -> int:
+        """Begin an epoch; return how many of its batches are done already.
 
         Raises:
-            MisconfigurationException: If Lightning is about to go on at another batch. It does so after the end of an
-                epoch with ``max_steps`` set: ``_FitLoop.restarting`` takes the finished epoch for one to be continued,
-                trains a single batch of the next, and skips the others.
+            MisconfigurationException: If Lightning is about to go on at another batch than the next one.
         """
-        resume, self._resume = self._resume, None
-        if resume is None or resume[0] != epoch or trainer is None:
+        resume, self._resume, self._epoch = self._resume, None, epoch
+        if resume is None or trainer is None:
             return 0
-        counted = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        if counted != resume[1]:
+        started = count_batches(trainer).started
+        if resume != (epoch, started):
             raise MisconfigurationException(
-                f"Lightning resumes epoch {epoch} as if {counted} of its batches were done, but {resume[1]} are. It "
-                "does so with trainer.max_steps and a checkpoint of the end of an epoch. Write max_epochs without "
-                "max_steps, or resume from a checkpoint that was saved on a training step."
+                f"The checkpoint was saved before batch {resume[1]} of epoch {resume[0]}, and Lightning goes on with "
+                f"batch {started} of epoch {epoch}: rows would be lost or repeated. Call "
+                "lightning_qlora.loop_state.repair_loops(checkpoint) in your module's on_load_checkpoint, as SFTModule "
+                "does."
             )
         return resume[1]
 
