@@ -23,7 +23,7 @@ from lightning_qlora.data.loading import BatchDataset, EpochSampler, ResumableLo
 from lightning_qlora.data.packing import BatchPlan
 from lightning_qlora.data.preparation import RowEncoder
 from lightning_qlora.data.prompts import Prompt, read_prompts
-from lightning_qlora.data.report import PreparationReport
+from lightning_qlora.data.report import PreparationReport, SourceReport
 from lightning_qlora.data.resume import TrainingPosition, check_identity, gather_states, hash_arrays
 from lightning_qlora.data.sources import Sources
 from lightning_qlora.data.stages import PreparedStages, Stage
@@ -250,6 +250,11 @@ class SFTDataModule(L.LightningDataModule):
     def reports(self) -> dict[str, PreparationReport]:
         """The report of each stage that has sources of its own."""
         return self._stages.reports
+
+    @property
+    def stream_report(self) -> SourceReport | None:
+        """What became of the rows of a stream so far, in this process and this run; ``None`` without streaming."""
+        return self._train_loader.report if isinstance(self._train_loader, StreamingLoader) else None
 
     @property
     def num_leaked_rows(self) -> int:
