@@ -111,14 +111,16 @@ class LocalStore(CheckpointStore):
         return sorted(path.name for path in self._root.iterdir() if path.name[0] != "." and path.is_dir())
 
     @override
-    def _files(self, name: str) -> list[str]:
+    def files(self, name: str) -> list[str]:
         try:
             return os.listdir(self._root / name)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
         except OSError:
             return [MANIFEST_NAME]  # unreadable: reading the manifest will say why
 
     @override
-    def _open(self, name: str, file: str) -> BinaryIO:
+    def open(self, name: str, file: str) -> BinaryIO:
         return open(self._root / name / file, "rb")
 
     @override

@@ -88,12 +88,12 @@ class RemoteStore(CheckpointStore):
         return sorted(name for name in names if not name.startswith("."))
 
     @override
-    def _files(self, name: str) -> list[str]:
+    def files(self, name: str) -> list[str]:
         entries = self._list(f"{self._root}/{name}")
         return [entry["name"].rpartition("/")[2] for entry in entries if not _is_folder(entry)]
 
     @override
-    def _open(self, name: str, file: str) -> BinaryIO:
+    def open(self, name: str, file: str) -> BinaryIO:
         stream: BinaryIO = self._fs.open("/".join(filter(None, (self._root, name, file))), "rb")
         return stream
 

@@ -72,11 +72,11 @@ class CheckpointStore(ABC):
         """Names of the directories in the root that are not hidden."""
 
     @abstractmethod
-    def _files(self, name: str) -> list[str]:
+    def files(self, name: str) -> list[str]:
         """Names of the files right inside a directory."""
 
     @abstractmethod
-    def _open(self, name: str, file: str) -> BinaryIO:
+    def open(self, name: str, file: str) -> BinaryIO:
         """Open a file of a checkpoint, or of the root where ``name`` is empty."""
 
     @abstractmethod
@@ -104,14 +104,14 @@ class CheckpointStore(ABC):
     def latest(self) -> str | None:
         """The name that ``LATEST`` holds, for readers that trust it; :meth:`newest_valid` does not."""
         try:
-            with self._open("", LATEST_NAME) as stream:
+            with self.open("", LATEST_NAME) as stream:
                 return stream.read().decode(errors="replace").strip() or None
         except OSError:
             return None
 
     def candidates(self) -> list[str]:
         """Names of the directories that are meant to be checkpoints, whether whole or damaged."""
-        return [name for name in self._directories() if _TELLTALES.intersection(self._files(name))]
+        return [name for name in self._directories() if _TELLTALES.intersection(self.files(name))]
 
     def read(self, name: str) -> Published:
         """Read a checkpoint's manifest, without looking at the files.
@@ -120,7 +120,7 @@ class CheckpointStore(ABC):
             DamagedCheckpointError: If there is none, or it cannot be trusted.
         """
         try:
-            with self._open(name, MANIFEST_NAME) as stream:
+            with self.open(name, MANIFEST_NAME) as stream:
                 data = stream.read()
         except OSError as error:
             raise DamagedCheckpointError(f"{self._path(name)}: {MANIFEST_NAME} cannot be read: {error}.") from error
@@ -135,7 +135,7 @@ class CheckpointStore(ABC):
         published = self.read(name)
         for file, record in published.files.items():
             try:
-                with self._open(name, file) as stream:
+                with self.open(name, file) as stream:
                     found = hash_stream(stream)
             except OSError as error:
                 raise DamagedCheckpointError(f"{published.path}: {file} cannot be read: {error}.") from error
@@ -199,12 +199,13 @@ class CheckpointStore(ABC):
             return False
         return True
 
-    def prune(self, names: Iterable[str], at_least: int = 2) -> list[str]:
+    def prune(self, names: Iterable[str], at_least: int = 2, among: Collection[str] | None = None) -> list[str]:
         """Remove checkpoints, but never below ``at_least`` that verify at this moment.
 
         Args:
             names: What may go. Names that are not there are passed over.
             at_least: How many whole checkpoints must stay.
+            among: Those that count as staying, such as the ones of the same run; ``None`` for all.
 
         Returns:
             The names that were removed.
@@ -218,7 +219,7 @@ class CheckpointStore(ABC):
         for name in sorted(newest_first, key=lambda name: name in doomed):
             if valid >= at_least:
                 break
-            if self.is_valid(name):
+            if (among is None or name in among) and self.is_valid(name):
                 valid += 1
                 doomed.discard(name)
         removed = [name for name in reversed(newest_first) if name in doomed]

@@ -1,0 +1,111 @@
+"""The folder that PEFT, vLLM and llama.cpp's converter read: adapter, tokenizer, template, stop tokens."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+__all__ = ["REQUIRED_FILES", "find_peft_model", "gather_adapter_state", "nonfinite_adapters", "write_adapter_folder"]
+
+REQUIRED_FILES = ("adapter_model.safetensors", "adapter_config.json")
+
+
+def find_peft_model(module: nn.Module) -> tuple[str, PeftModel]:
+    """Return the model with adapters inside a module, and the prefix of its keys in the module's state.
+
+    Raises:
+        MisconfigurationException: If there is none.
+    """
+    for name, child in module.named_modules():
+        if isinstance(child, PeftModel):
+            return f"{name}." if name else "", child
+    raise MisconfigurationException(
+        f"{type(module).__name__} holds no peft.PeftModel, so there is no adapter to publish. Use SFTModule, or keep "
+        "the result of peft.get_peft_model as an attribute; for other modules use Lightning's ModelCheckpoint."
+    )
+
+
+def nonfinite_adapters(module: nn.Module) -> list[str]:
+    """Name the trained tensors that hold NaN or infinity; it waits for the device once."""
+    trained = {name: _local(p.detach()) for name, p in module.named_parameters() if p.requires_grad}
+    tensors = {name: tensor for name, tensor in trained.items() if tensor.numel() and tensor.is_floating_point()}
+    if not tensors:
+        return []
+    largest = torch.stack([norm.float() for norm in torch._foreach_norm(list(tensors.values()), float("inf"))])
+    finite = torch.isfinite(largest).tolist()
+    return [name for name, is_finite in zip(tensors, finite, strict=True) if not is_finite]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def gather_adapter_state(module: nn.Module) -> dict[str, Tensor] | None:
+    """Collect the trained tensors of a sharded model whole; ``None`` if nothing is sharded. All ranks must call it."""
+    _, model = find_peft_model(module)
+    trained = {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    if not any(isinstance(p, DTensor) for p in trained.values()):
+        return None
+    whole: dict[int, Tensor] = {}
+    for parameter in trained.values():
+        if id(parameter) not in whole:
+            value = parameter.detach()
+            whole[id(parameter)] = (value.full_tensor() if isinstance(value, DTensor) else value).cpu()
+    # Activation checkpointing and compilation wrap modules; PEFT knows the names without them.
+    return {_unwrapped(name): whole[id(parameter)] for name, parameter in trained.items()}
+
+
+def _unwrapped(name: str) -> str:
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+
+
+def write_adapter_folder(
+    folder: Path,
+    model: PeftModel,
+    *,
+    state: Mapping[str, Tensor] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    stop_token_ids: Iterable[int] = (),
+) -> None:
+    """Write what another program needs to use an adapter; never a tensor of the base.
+
+    Args:
+        folder: Exists already.
+        model: The model with adapters.
+        state: Its trained tensors where they had to be collected from shards; else PEFT takes them from the model.
+        tokenizer: Written with its chat template.
+        stop_token_ids: Terminators that training taught; generation stops at them and at the base's own.
+    """
+    # The hub is not asked whether the vocabulary was resized ("auto"): new rows are trained by name or not at all.
+    options: dict[str, Any] = {"save_embedding_layers": False, "safe_serialization": True}
+    if state is not None:
+        options["state_dict"] = dict(state)
+    model.save_pretrained(str(folder), **options)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(folder))
+    config = _generation_config(model, tokenizer, stop_token_ids)
+    if config is not None:
+        (folder / "generation_config.json").write_text(config.to_json_string(), encoding="utf-8")
+
+
+def _generation_config(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase | None, stop_token_ids: Iterable[int]
+) -> GenerationConfig | None:
+    config: GenerationConfig | None = copy.deepcopy(getattr(model.get_base_model(), "generation_config", None))
+    if config is None:
+        return None
+    known = config.eos_token_id
+    known = [] if known is None else [known] if isinstance(known, int) else list(known)
+    config.eos_token_id = list(dict.fromkeys([*stop_token_ids, *known])) or None
+    if config.pad_token_id is None and tokenizer is not None:
+        config.pad_token_id = tokenizer.pad_token_id
+    return config

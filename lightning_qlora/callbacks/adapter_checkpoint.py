@@ -1,0 +1,516 @@
+"""Publishes adapters, with all that a run needs to go on, as checkpoints that a crash cannot tear."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import uuid
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+from weakref import proxy
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_qlora.adapter_folder import (
+    REQUIRED_FILES,
+    find_peft_model,
+    gather_adapter_state,
+    nonfinite_adapters,
+    write_adapter_folder,
+)
+from lightning_qlora.boundary import OptimizerBoundary
+from lightning_qlora.checkpoint_io import TRAINER_FILE, PublishedCheckpointIO, published_directory, verify_published
+from lightning_qlora.identity import refuse_differences
+from lightning_qlora.publishing import CheckpointStore, Published, open_store
+from lightning_qlora.ranks import gather_objects, on_rank_zero
+from lightning_qlora.redaction import scrub
+from lightning_qlora.run_record import describe_run, identify_run, stop_tokens_of, tokenizer_of
+
+__all__ = ["AdapterCheckpoint", "NonFiniteAdapterError"]
+
+log = logging.getLogger(__name__)
+
+_HYPER_PARAMETERS = ("hyper_parameters", "datamodule_hyper_parameters")
+
+
+class NonFiniteAdapterError(ValueError):
+    """The adapter holds NaN or infinity and is not published."""
+
+
+class AdapterCheckpoint(ModelCheckpoint):
+    """Publishes each checkpoint as one directory that is whole or not there.
+
+    A checkpoint holds the PEFT folder (``adapter_model.safetensors``, ``adapter_config.json``, tokenizer, chat
+    template, generation config with the trained stop tokens), which any PEFT program loads, and ``trainer.ckpt``,
+    from which ``fit`` goes on: optimizer, schedule, loops, the data module's position and the random states of every
+    rank. No file holds base weights. ``manifest.json`` says what was published; ``LATEST`` names the newest.
+
+    ``fit --ckpt_path last`` goes on from the newest checkpoint that is whole, refuses if there are only damaged
+    ones, and starts from the beginning if there never was one. A published directory may also be named itself.
+
+    On a CPU a resumed run is bit for bit the run that was not interrupted, if its data module keeps its position, as
+    SFTDataModule does. For that, what validation draws from the random generators does not count.
+
+    On remote file systems (s3://, gs:// and whatever else fsspec knows) the manifest is uploaded last: a kill leaves
+    no torn checkpoint, but an upload is only as durable as the service.
+
+    Args:
+        dirpath: Where checkpoints are published; the same at every start, so that ``last`` is found. The default is
+            the folder "checkpoints" in the trainer's default_root_dir. One run at a time writes there.
+        filename: Name of a checkpoint, as for Lightning's ModelCheckpoint: {epoch}, {step} and logged metrics. Two
+            callbacks of one trainer need different metrics or names.
+        monitor: Logged metric that ranks checkpoints, such as val_loss; null for none.
+        mode: Whether the best metric is the least (min) or the greatest (max).
+        save_top_k: How many of the best to keep; -1 for all; 0 for none. Without a monitor, 1 or -1.
+        save_last: Publish whenever it is time, and at the end of training, also what is not among the best.
+        every_n_train_steps: Optimizer steps between checkpoints.
+        train_time_interval: Time between checkpoints.
+        every_n_epochs: Epochs between checkpoints. Without any of the three: after each validation.
+        save_on_train_epoch_end: Whether to publish at the end of the training epoch instead of after validation.
+        save_on_exception: Publish when training fails between two optimizer steps (on a single device only).
+        keep_at_least: Never fewer whole checkpoints of a run than this, whatever the options above say.
+        allow_mismatch: Parts of a checkpoint's identity that may differ when it is loaded: base, quantization,
+            adapter, tokenizer, chat_template, data.
+        verbose: Say which checkpoint entered the best.
+        auto_insert_metric_name: As for Lightning's ModelCheckpoint.
+
+    Raises:
+        ValueError: If ``allow_mismatch`` names something else.
+        MisconfigurationException: If the options contradict one another.
+    """
+
+    FILE_EXTENSION = f"/{TRAINER_FILE}"
+
+    def __init__(
+        self,
+        dirpath: str | Path | None = None,
+        filename: str | None = None,
+        monitor: str | None = None,
+        mode: Literal["min", "max"] = "min",
+        save_top_k: int = 1,
+        save_last: bool = True,
+        every_n_train_steps: int | None = None,
+        train_time_interval: timedelta | None = None,
+        every_n_epochs: int | None = None,
+        save_on_train_epoch_end: bool | None = None,
+        save_on_exception: bool = False,
+        keep_at_least: int = 2,
+        allow_mismatch: Sequence[str] = (),
+        verbose: bool = False,
+        auto_insert_metric_name: bool = True,
+    ) -> None:
+        super().__init__(
+            dirpath=dirpath,
+            filename=filename,
+            monitor=monitor,
+            mode=mode,
+            save_top_k=save_top_k,
+            save_last=save_last,
+            every_n_train_steps=every_n_train_steps,
+            train_time_interval=train_time_interval,
+            every_n_epochs=every_n_epochs,
+            save_on_train_epoch_end=save_on_train_epoch_end,
+            save_on_exception=save_on_exception,
+            verbose=verbose,
+            auto_insert_metric_name=auto_insert_metric_name,
+        )
+        if keep_at_least < 1:
+            raise MisconfigurationException(f"keep_at_least is {keep_at_least}; write 1 or more (the default is 2).")
+        refuse_differences("", {}, {}, allow_mismatch)  # checks the names
+        self.keep_at_least = keep_at_least
+        self.allow_mismatch = tuple(allow_mismatch)
+        self.last_save_seconds = 0.0
+        """How long the last checkpoint kept training waiting."""
+        self.last_save_bytes = 0
+        """Size of the last checkpoint."""
+        self._store: CheckpointStore = open_store(self.dirpath or ".")
+        self._io: PublishedCheckpointIO | None = None
+        self._run = ""
+        self._identity: dict[str, Any] | None = None
+        self._published_step = -1
+        self._then: Callable[[str], None] | None = None
+        self._boundary = OptimizerBoundary()
+        self._validated_mid_window = False
+
+    @property
+    @override
+    def state_key(self) -> str:
+        # Without the intervals, so that changing them does not lose which checkpoints are the best.
+        return self._generate_state_key(monitor=self.monitor, mode=self.mode, filename=self.filename)
+
+    # Where checkpoints are
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.dirpath = self._root(trainer)
+        self._store = open_store(self.dirpath)
+        self._identity = None
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+            super().setup(trainer, pl_module, stage)
+        self._install_io(trainer)
+        if stage == "fit":
+            self._run = uuid.uuid4().hex
+            self._published_step = -1
+            self._boundary = OptimizerBoundary()
+            if not _is_trial(trainer):
+                on_rank_zero(trainer, self._sweep)
+
+    def _root(self, trainer: L.Trainer) -> str:
+        # Not the logger's folder, as stock ModelCheckpoint: a new start gets a new version_N there and never finds
+        # the checkpoints of the last one.
+        return str(self.dirpath or os.path.join(trainer.default_root_dir, "checkpoints"))
+
+    def _install_io(self, trainer: L.Trainer) -> None:
+        strategy = trainer.strategy
+        if not isinstance(strategy.checkpoint_io, PublishedCheckpointIO):
+            strategy.checkpoint_io = PublishedCheckpointIO(strategy.checkpoint_io, lambda p: None)
+        self._io = strategy.checkpoint_io
+        self._io.check = lambda published: self._check(trainer, published)
+
+    def _sweep(self) -> None:
+        if swept := self._store.sweep():
+            log.info("removed what an interrupted save left in %s: %s", self.dirpath, ", ".join(swept))
+
+    @override
+    def _find_last_checkpoints(self, trainer: L.Trainer) -> set[str]:
+        """Answer ``ckpt_path="last"``: the newest that is whole, or none if nothing was ever published."""
+        root = self._root(trainer)
+        newest = open_store(root).newest_valid()
+        if newest is None:
+            rank_zero_info(f"There is no checkpoint in {root} yet: training starts from the beginning.")
+            return set()
+        return {newest.path + self.FILE_EXTENSION}
+
+    def _check(self, trainer: L.Trainer, published: Published) -> None:
+        """Refuse to load a checkpoint into another base, quantisation, adapter, tokenizer, template or data set."""
+        found = self._identify(trainer)
+        if trainer.state.fn != TrainerFn.FITTING:
+            found = {**found, "data": None}  # an adapter may be tried on any data
+        recorded = published.metadata.get("identity", {})
+        refuse_differences(f"The checkpoint {published.path!r}", recorded, found, self.allow_mismatch)
+
+    def _identify(self, trainer: L.Trainer) -> dict[str, Any]:
+        if self._identity is None:
+            self._identity = identify_run(trainer)
+        return self._identity
+
+    # When to publish: only between optimizer steps
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._boundary.start(trainer)
+        self._validated_mid_window, self._then = False, None
+        _agree_on_resume_path(trainer)
+        if trainer.ckpt_path is None:
+            on_rank_zero(trainer, self._warn_of_another_run)
+        else:  # what was just loaded need not be published again
+            self._last_global_step_saved = self._published_step = trainer.global_step
+            directory = published_directory(trainer.ckpt_path) or str(trainer.ckpt_path)
+            self._last_checkpoint_saved = directory + self.FILE_EXTENSION
+
+    def _warn_of_another_run(self) -> None:
+        if found := self._store.candidates():
+            rank_zero_warn(
+                f"{self.dirpath} holds {len(found)} checkpoints of another run, and this one starts from the beginning "
+                "beside them. To go on from the newest, write ckpt_path: last; else choose another dirpath."
+            )
+
+    @override
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._boundary.begin_batch(batch_idx)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+    ) -> None:
+        if not self._boundary.end_batch(trainer):
+            return
+        if self._validated_mid_window:
+            self._validated_mid_window = False
+            super().on_validation_end(trainer, pl_module)
+        deferred, self._defer_save_until_validation = self._defer_save_until_validation, False
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self._may_save_last(trainer) and (self._defer_save_until_validation or _is_ending(trainer)):
+            # The metric is not there yet, or the epoch is about to be cut short; either way this state is due.
+            self._save_extra(trainer)
+        self._defer_save_until_validation |= deferred
+        self._publish_as_asked(trainer)
+
+    @override
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
+            return
+        self._boundary.restore_random_state()
+        if self._boundary.mid_window:
+            self._validated_mid_window = True  # publish at the end of the optimizer step that is under way
+            return
+        super().on_validation_end(trainer, pl_module)
+        if self._defer_save_until_validation:  # Lightning forgets about it if validation ends each epoch
+            self._defer_save_until_validation = False
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+        self._publish_as_asked(trainer)
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._may_save_last(trainer):
+            self._save_extra(trainer)
+
+    @override
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if trainer.world_size == 1 and self._boundary.is_here and self._should_save_on_exception(trainer):
+            rank_zero_info(f"{type(exception).__name__} was raised; published {self.publish(trainer)}.")
+
+    def publish(self, trainer: L.Trainer) -> str:
+        """Publish now, unless this step has been published already; return the directory.
+
+        To be called between optimizer steps, on all ranks.
+        """
+        if self._published_step != trainer.global_step:
+            self._save_extra(trainer)
+        return self._last_checkpoint_saved.removesuffix(self.FILE_EXTENSION)
+
+    @property
+    def may_publish_now(self) -> bool:
+        """Whether training stands between two optimizer steps."""
+        return self._boundary.is_here
+
+    def publish_at_boundary(self, then: Callable[[str], None]) -> None:
+        """Publish when the optimizer step that is under way is done and all other callbacks have seen it.
+
+        Args:
+            then: Called with the published directory; it may raise to end training.
+        """
+        self._then = then
+
+    def _publish_as_asked(self, trainer: L.Trainer) -> None:
+        if self._then is not None:
+            then, self._then = self._then, None
+            then(self.publish(trainer))
+
+    def _may_save_last(self, trainer: L.Trainer) -> bool:
+        skip = _is_trial(trainer) or trainer.state.fn != TrainerFn.FITTING
+        return bool(self.save_last) and not skip and self._published_step != trainer.global_step
+
+    @override
+    def _save_topk_checkpoint(self, trainer: L.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        super()._save_topk_checkpoint(trainer, monitor_candidates)
+        if self._may_save_last(trainer):
+            self._save_extra(trainer)
+
+    @override
+    def _save_last_checkpoint(self, trainer: L.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        """Do nothing: each checkpoint is the last when it is published, and ``LATEST`` names it."""
+
+    def _save_extra(self, trainer: L.Trainer) -> None:
+        """Publish a state for its being recent, not for being among the best."""
+        candidates = self._monitor_candidates(trainer)
+        if self.monitor is None and self.save_top_k != 0:
+            super()._save_none_monitor_checkpoint(trainer, candidates)
+            return
+        saved = self._last_global_step_saved
+        self._save_checkpoint(trainer, self._get_metric_interpolated_filepath_name(candidates, trainer))
+        self._last_global_step_saved = saved  # it may still turn out to be among the best
+
+    @override
+    def _monitor_candidates(self, trainer: L.Trainer) -> dict[str, Tensor]:
+        candidates = super()._monitor_candidates(trainer)
+        if "epoch" not in trainer.callback_metrics and self._boundary.epoch is not None:
+            # The epoch of the last step; the trainer counts on before the end of training is published.
+            candidates["epoch"] = torch.tensor(self._boundary.epoch)
+        return candidates
+
+    # Names
+
+    @override
+    def format_checkpoint_name(
+        self,
+        metrics: dict[str, Tensor],
+        filename: str | None = None,
+        ver: int | None = None,
+        prefix: str | None = None,
+    ) -> str:
+        path = super().format_checkpoint_name(metrics, filename, ver, prefix)
+        root = f"{self.dirpath}{os.sep}" if self.dirpath else ""
+        name = path.removeprefix(root).removesuffix(self.FILE_EXTENSION)
+        return root + name.replace("/", "_") + self.FILE_EXTENSION  # a metric may be called val/loss
+
+    @override
+    def _get_metric_interpolated_filepath_name(
+        self, monitor_candidates: dict[str, Tensor], trainer: L.Trainer, del_filepath: str | None = None
+    ) -> str:
+        # A published directory is never written again, not even one that is about to go.
+        return super()._get_metric_interpolated_filepath_name(monitor_candidates, trainer, None)
+
+    @override
+    def file_exists(self, filepath: str | Path, trainer: L.Trainer) -> bool:
+        return super().file_exists(str(filepath).removesuffix(self.FILE_EXTENSION), trainer)
+
+    # Publishing
+
+    @override
+    def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        started = time.monotonic()
+        published = self._publish(trainer, filepath)
+        self._last_global_step_saved = self._published_step = trainer.global_step
+        self._last_checkpoint_saved = self.last_model_path = filepath
+        on_rank_zero(trainer, self._prune)
+        self.last_save_seconds = time.monotonic() - started
+        self.last_save_bytes = published.num_bytes
+        log.info("published %s: %.1f MB in %.2f s", published.path, published.num_bytes / 1e6, self.last_save_seconds)
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.after_save_checkpoint(proxy(self))
+
+    def _publish(self, trainer: L.Trainer, filepath: str) -> Published:
+        module = trainer.lightning_module
+        bad = nonfinite_adapters(module)
+        if trainer.strategy.reduce_boolean_decision(bool(bad), all=False):
+            raise NonFiniteAdapterError(
+                f"The adapter is not published at step {trainer.global_step}, because it holds NaN or infinity"
+                f"{' in ' + ', '.join(bad[:3]) if bad else ' on another rank'}. The checkpoints before it are as they "
+                "were. RunGuard stops training before such an update."
+            )
+        name = _name(filepath)
+        staging = on_rank_zero(trainer, lambda: self._store.begin(name))
+        try:
+            self._write_trainer_state(trainer, staging)
+            state = gather_adapter_state(module)
+            return on_rank_zero(trainer, lambda: self._finish(trainer, staging, name, state))
+        except BaseException:
+            if trainer.is_global_zero:
+                self._store.abort(staging)
+            raise
+
+    def _write_trainer_state(self, trainer: L.Trainer, staging: Path) -> None:
+        assert self._io is not None, "setup has not run"
+        self._io.expect(staging)
+        try:
+            trainer.save_checkpoint(staging / TRAINER_FILE, weights_only=False)
+            on_rank_zero(trainer, self._io.raise_error)
+        finally:
+            self._io.expect(None)
+
+    def _finish(self, trainer: L.Trainer, staging: Path, name: str, state: Mapping[str, Tensor] | None) -> Published:
+        _, model = find_peft_model(trainer.lightning_module)
+        tokenizer, stop_token_ids = tokenizer_of(trainer), stop_tokens_of(trainer)
+        write_adapter_folder(staging, model, state=state, tokenizer=tokenizer, stop_token_ids=stop_token_ids)
+        # Distributed checkpoints are a directory of that name; their files are in the manifest like any other.
+        required = REQUIRED_FILES if (staging / TRAINER_FILE).is_dir() else (*REQUIRED_FILES, TRAINER_FILE)
+        return self._store.commit(staging, name, self._metadata(trainer), required)
+
+    def _metadata(self, trainer: L.Trainer) -> dict[str, Any]:
+        record = describe_run(trainer)
+        record["epoch"] = trainer.current_epoch if self._boundary.epoch is None else self._boundary.epoch
+        return {**record, "monitor": self.monitor, "run": self._run, "callback": self.state_key} | {
+            "identity": self._identify(trainer)
+        }
+
+    # Pruning
+
+    @override
+    def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        """Leave it to :meth:`_prune`, which looks at what there is instead of at what this process remembers."""
+
+    def _prune(self) -> None:
+        if self.save_top_k == -1:
+            return
+        mine = [p for p in self._store.published() if self._is_mine(p)]
+        kept = {self._last_checkpoint_saved, *self.best_k_models}
+        kept_names = {_name(path) for path in kept if path}
+        doomed = [p.name for p in mine if p.name not in kept_names]
+        try:
+            self._store.prune(doomed, self.keep_at_least, among={p.name for p in mine})
+        except OSError as error:
+            rank_zero_warn(f"Old checkpoints in {self.dirpath} could not be removed: {error}.")
+
+    def _is_mine(self, published: Published) -> bool:
+        return (published.metadata.get("run"), published.metadata.get("callback")) == (self._run, self.state_key)
+
+    # State
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "run": self._run, "dirpath": str(self.dirpath)}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._run = state_dict.get("run", self._run)
+        super().load_state_dict(self._as_if_here(state_dict))
+
+    def _as_if_here(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Look for the checkpoints of a moved folder where they are now, and forget those that did not come along."""
+        old, here = str(state["dirpath"]), str(self.dirpath)
+        if old == here:
+            return state
+
+        def moved(path: str) -> str:
+            new = path.replace(old, here, 1)
+            return new if path and self._fs.exists(new) else ""
+
+        best = {new: score for path, score in state["best_k_models"].items() if (new := moved(path))}
+        worst = (max if self.mode == "min" else min)(best, key=best.__getitem__, default="")
+        return {
+            **state,
+            "dirpath": here,
+            "best_k_models": best,
+            "kth_best_model_path": worst if len(best) == self.save_top_k else "",
+            "best_model_path": moved(state["best_model_path"]) or state["best_model_path"],
+            "last_model_path": moved(state["last_model_path"]),
+        }
+
+    @override
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        # Not in state_dict, which only a callback with the same options gets back.
+        self._boundary.save(checkpoint)
+        for key in _HYPER_PARAMETERS:
+            if key in checkpoint:
+                checkpoint[key] = scrub(checkpoint[key])
+
+    @override
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        # Sharded strategies read checkpoints by themselves, not through the plugin.
+        directory = published_directory(trainer.ckpt_path) if trainer.ckpt_path is not None else None
+        if directory is not None and self._io is not None and self._io.checked != directory:
+            self._check(trainer, verify_published(directory))
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._boundary.load(checkpoint, trainer)
+
+
+def _agree_on_resume_path(trainer: L.Trainer) -> None:
+    """Each rank has looked for the newest checkpoint by itself; refuse if they found different ones."""
+    paths = gather_objects(None if trainer.ckpt_path is None else str(trainer.ckpt_path))
+    if len(set(paths)) > 1:
+        found = "\n".join(f"  rank {rank}: {path}" for rank, path in enumerate(paths))
+        raise MisconfigurationException(
+            f"The ranks found different checkpoints to go on from:\n{found}\nWrite a dirpath that all machines share."
+        )
+
+
+def _is_ending(trainer: L.Trainer) -> bool:
+    """Whether training ends here, in the middle of an epoch or not."""
+    return trainer.should_stop or trainer.global_step == trainer.max_steps
+
+
+def _is_trial(trainer: L.Trainer) -> bool:
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+
+def _name(filepath: str) -> str:
+    """The published directory's name, from the path of the ``trainer.ckpt`` in it."""
+    return PurePosixPath(filepath.replace(os.sep, "/")).parent.name

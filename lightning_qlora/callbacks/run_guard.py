@@ -1,0 +1,458 @@
+"""Stops a run where going on would lose something: non-finite updates, preemption, exhausted memory."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import signal
+import statistics
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn, Protocol, runtime_checkable
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_qlora.ranks import gather_objects
+from lightning_qlora.signals import SignalFlag, resolve_signals
+
+__all__ = ["PREEMPTED_EXIT_CODE", "NonFiniteError", "RunGuard"]
+
+log = logging.getLogger(__name__)
+
+PREEMPTED_EXIT_CODE = 143
+"""128 + SIGTERM: what batch systems read as "stopped from outside, start it again"."""
+
+_SPIKE_HISTORY = 64
+_SPIKE_WARM_UP = 16
+_NAMED_ROWS = 8
+
+
+class NonFiniteError(ValueError):
+    """A loss or gradient was NaN or infinite, and training was stopped before the update."""
+
+
+@runtime_checkable
+class _Publisher(Protocol):
+    """What RunGuard asks of a checkpoint callback (AdapterCheckpoint)."""
+
+    @property
+    def may_publish_now(self) -> bool:
+        """Whether training stands between two optimizer steps."""
+
+    def publish(self, trainer: L.Trainer) -> str:
+        """Publish now; return the directory."""
+
+    def publish_at_boundary(self, then: Callable[[str], None]) -> None:
+        """Publish after the optimizer step that is under way, then call."""
+
+
+@runtime_checkable
+class _NamesRows(Protocol):
+    """What RunGuard asks of a data module (SFTDataModule)."""
+
+    def origins(self, row_ids: Sequence[int]) -> Sequence[object]:
+        """Return where training rows were read."""
+
+
+class RunGuard(Callback):
+    """Ends a run in good order instead of spoiling it.
+
+    Non-finite numbers: one NaN gradient makes every adapter tensor NaN, whatever the clipping, and a run goes on as
+    if nothing had happened. Here the loss and the gradients of each optimizer step are checked together before the
+    update; what is not finite ends training with an error that names the rows, saves their batch for a look, and
+    leaves the last checkpoint as it was. (With 16-mixed precision, gradients that overflow at a high loss scale are
+    normal; the scaler skips them.)
+
+    Preemption: a signal lets the optimizer step under way finish, on all ranks; then AdapterCheckpoint publishes, and
+    the process exits with code 143. Where Lightning requeues SLURM jobs (SLURMEnvironment), its own handler is called
+    at that moment instead of in the middle of a step.
+
+    Memory: an out-of-memory error says which batch did not fit and what helps. The batch size is never changed.
+
+    Args:
+        on_nonfinite: Stop before the update (stop), or leave the update out and go on (skip).
+        max_skips: How many updates of a run may be left out before it stops.
+        spike_threshold: Warn when an optimizer step's mean loss lies this many standard deviations (estimated
+            robustly) above the last 64; null for no warning.
+        signals: Signals that announce the end of the machine.
+        report_dir: Where batches with non-finite results are saved; the default is the folder "nonfinite" in the
+            trainer's default_root_dir.
+
+    Raises:
+        ValueError: If an option is out of its range.
+    """
+
+    def __init__(
+        self,
+        on_nonfinite: Literal["stop", "skip"] = "stop",
+        max_skips: int = 3,
+        spike_threshold: float | None = 8.0,
+        signals: Sequence[str] = ("SIGTERM", "SIGUSR1"),
+        report_dir: str | None = None,
+    ) -> None:
+        super().__init__()
+        if on_nonfinite not in ("stop", "skip"):
+            raise ValueError(f"on_nonfinite is {on_nonfinite!r}; allowed are stop, skip.")
+        if max_skips < 1:
+            raise ValueError(f"max_skips is {max_skips}; write 1 or more, or on_nonfinite: stop.")
+        if spike_threshold is not None and spike_threshold <= 0:
+            raise ValueError(f"spike_threshold is {spike_threshold}; write a positive number, or null.")
+        self.on_nonfinite = on_nonfinite
+        self.max_skips = max_skips
+        self.spike_threshold = spike_threshold
+        self.report_dir = report_dir
+        self.num_skipped = 0
+        """Updates left out so far."""
+        self._flag = SignalFlag(resolve_signals(signals))
+        self._leaving = False
+        self._batch: Any = None
+        self._window: list[tuple[Any, Tensor]] = []  # the micro-batches of the optimizer step under way, and their loss
+        self._step = 0
+        self._losses: deque[float] = deque(maxlen=_SPIKE_HISTORY)
+
+    # Preemption
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._leaving = False
+        self._flag.received = None
+        self._losses.clear()
+        if stage == "fit" and _publisher(trainer) is None:
+            rank_zero_warn(
+                "RunGuard finds no AdapterCheckpoint among the callbacks: when it is told to stop, it will end the run "
+                "between two optimizer steps without saving."
+            )
+
+    @override
+    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._listen()
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._listen()
+        self._window.clear()
+        self._step = trainer.global_step
+        if self._any_rank_told(trainer):
+            self._leave(trainer, None)
+
+    def _listen(self) -> None:
+        # After Lightning has installed its handlers, in place of them. Its SIGTERM handler exits with code 0, may stop
+        # inside a window of accumulated gradients, and starts a collective operation wherever it interrupts. Lightning
+        # puts the handlers from before the run back by itself.
+        if not self._flag.listen():
+            rank_zero_warn("RunGuard runs outside the main thread and cannot notice signals.")
+
+    def _any_rank_told(self, trainer: L.Trainer) -> bool:
+        told = self._flag.received is not None
+        return trainer.strategy.reduce_boolean_decision(told, all=False) if trainer.world_size > 1 else told
+
+    @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+    ) -> None:
+        at_boundary, self._step = trainer.global_step > self._step, trainer.global_step
+        if trainer.world_size == 1:  # several ranks agree once per optimizer step, before the update
+            self._leaving = self._flag.received is not None
+        if at_boundary and self._leaving:
+            self._leave_after_publishing(trainer)
+
+    @override
+    def on_validation_batch_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        # A validation may last longer than the grace period. What it has found so far is given up.
+        publisher = _publisher(trainer)
+        if not _is_validating_in_fit(trainer) or trainer.world_size > 1 or self._flag.received is None:
+            return
+        if publisher is None:
+            self._leave(trainer, None)
+        elif publisher.may_publish_now:
+            self._leave(trainer, publisher.publish(trainer))
+
+    @override
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if _is_validating_in_fit(trainer) and trainer.world_size > 1 and self._any_rank_told(trainer):
+            self._leaving = True
+            self._leave_after_publishing(trainer)
+
+    def _leave_after_publishing(self, trainer: L.Trainer) -> None:
+        publisher = _publisher(trainer)
+        if publisher is None:
+            self._leave(trainer, None)
+        else:
+            publisher.publish_at_boundary(lambda directory: self._leave(trainer, directory))
+
+    def _leave(self, trainer: L.Trainer, directory: str | None) -> NoReturn:
+        """End the process; all ranks call it at the same step."""
+        received = self._flag.received
+        name = "a signal to another rank" if received is None else received.name
+        saved = f"published {directory}" if directory is not None else "nothing was saved"
+        rank_zero_info(
+            f"Stopped by {name} at step {trainer.global_step}; {saved}. To go on, run the same command with ckpt_path: "
+            f"last. Exit code {PREEMPTED_EXIT_CODE}."
+        )
+        if received is not None and received != signal.SIGTERM and SLURMEnvironment.detect():
+            requeue = self._flag.previous_handler(received)  # Lightning's, which it installs for auto_requeue
+            if requeue is not None:
+                requeue(received, None)
+        trainer.strategy.barrier("RunGuard")
+        raise SystemExit(PREEMPTED_EXIT_CODE)
+
+    # Non-finite numbers
+
+    @override
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._batch = batch
+
+    @override
+    def on_validation_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *_: Any) -> None:
+        self._batch = batch
+
+    @override
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        self._window.append((self._batch, loss.detach()))
+
+    @override
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        """Check the losses and gradients of the step, and ask all ranks whether to go on, waiting for the device once.
+
+        The module has yet to divide the gradients by the step's token count, a finite number from 1, so they are
+        finite then exactly if they are now.
+        """
+        window, self._window = self._window, []
+        largest = _largest_gradient(optimizer, pl_module.device)
+        losses = [loss.float() for _, loss in window] or [torch.zeros_like(largest)]
+        loss_sum = torch.stack(losses).sum()
+        # new_full fills on the device; copying a number there would wait.
+        count = loss_sum.new_full((), sum(_num_targets(batch) for batch, _ in window))
+        told = loss_sum.new_full((), self._flag.received is not None)
+        status = torch.stack([loss_sum, count, (~torch.isfinite(largest)).float(), told])
+        if trainer.world_size > 1:
+            status = trainer.strategy.reduce(status, reduce_op="sum")
+        loss_sum_f, count_f, bad_gradients, any_told = status.tolist()  # the one wait
+        self._leaving = any_told > 0
+        if not math.isfinite(loss_sum_f) or (bad_gradients and not _scaler_copes(trainer)):
+            self._handle_nonfinite(trainer, pl_module, optimizer, window)
+        elif count_f:
+            self._watch_for_spike(trainer, loss_sum_f * trainer.accumulate_grad_batches / count_f, window)
+
+    def _handle_nonfinite(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        optimizer: Optimizer,
+        window: list[tuple[Any, Tensor]],
+    ) -> None:
+        suspects = [(batch, loss) for batch, loss in window if not math.isfinite(loss)] or window
+        own = {
+            "rank": trainer.global_rank,
+            "losses": [float(loss) for _, loss in window],
+            "rows": [str(row) for batch, _ in suspects for row in _rows(trainer, batch)],
+            "gradients": _nonfinite_gradients(pl_module),
+            "saved": self._save_for_a_look(trainer, suspects),
+        }
+        message = _describe(trainer.global_step, gather_objects(own))
+        if self.on_nonfinite == "skip" and self.num_skipped < self.max_skips:
+            self.num_skipped += 1
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None  # optimizers pass over what has no gradient: no decay, no momentum
+            rank_zero_warn(f"{message}\nThe update is left out ({self.num_skipped} of at most {self.max_skips}).")
+            return
+        skipped = f" {self.num_skipped} updates have been left out before." if self.num_skipped else ""
+        raise NonFiniteError(
+            f"{message}\nTraining stops before the update: adapter and last checkpoint are as they were.{skipped} Look "
+            "at these rows; lower the learning rate or raise its warm-up if they are sound. To leave such updates out "
+            "and go on, write on_nonfinite: skip."
+        )
+
+    def _save_for_a_look(self, trainer: L.Trainer, suspects: list[tuple[Any, Tensor]]) -> str:
+        """Save batches where ``torch.load(..., weights_only=True)`` reads them; return the path."""
+        folder = Path(self.report_dir or Path(trainer.default_root_dir) / "nonfinite")
+        path = folder / f"step={trainer.global_step}-rank={trainer.global_rank}.pt"
+        rows = [{"loss": float(loss), "rows": [str(r) for r in _rows(trainer, batch)]} for batch, loss in suspects]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.save([_on_host(batch) for batch, _ in suspects], path)
+            path.with_suffix(".json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+        except OSError as error:  # what has to be told is more important than its record
+            return f"nowhere ({error})"
+        return str(path)
+
+    def _watch_for_spike(self, trainer: L.Trainer, loss: float, window: list[tuple[Any, Tensor]]) -> None:
+        if self.spike_threshold is None or _scaler(trainer) is not None:  # a scaler's losses are scaled
+            return
+        history = list(self._losses)
+        self._losses.append(loss)
+        if len(history) < _SPIKE_WARM_UP:
+            return
+        center = statistics.median(history)
+        deviation = 1.4826 * statistics.median(abs(value - center) for value in history)
+        if loss > center + self.spike_threshold * max(deviation, 0.02 * abs(center)):
+            rows = [row for batch, _ in window for row in _rows(trainer, batch)]
+            rank_zero_warn(
+                f"The loss jumped to {loss:.3f} at step {trainer.global_step}, from about {center:.3f}{_named(rows)}."
+            )
+
+    # Memory
+
+    @override
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, torch.OutOfMemoryError):
+            note = _out_of_memory_note(trainer, self._batch)
+            exception.add_note(note)
+            log.error(note)
+
+    @override
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._batch = None
+        self._window.clear()
+
+    # State
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"num_skipped": self.num_skipped, "losses": list(self._losses)}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.num_skipped = state_dict["num_skipped"]
+        self._losses = deque(state_dict["losses"], maxlen=_SPIKE_HISTORY)
+
+
+def _publisher(trainer: L.Trainer) -> _Publisher | None:
+    return next((c for c in trainer.checkpoint_callbacks if isinstance(c, _Publisher)), None)
+
+
+def _is_validating_in_fit(trainer: L.Trainer) -> bool:
+    return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+
+
+# Gradients and losses
+
+
+def _largest_gradient(optimizer: Optimizer, device: torch.device) -> Tensor:
+    """The largest magnitude among the gradients of this rank, NaN if one is NaN, in one fused pass."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+    local = [g.detach() for g in local if g.numel()]
+    if not local:
+        return torch.zeros((), device=device)
+    return torch.stack([norm.float() for norm in torch._foreach_norm(local, float("inf"))]).max()
+
+
+def _nonfinite_gradients(pl_module: L.LightningModule) -> list[str]:
+    bad = []
+    for name, parameter in pl_module.named_parameters():
+        gradient = parameter.grad
+        if gradient is not None:
+            local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+            if not bool(torch.isfinite(local).all()):
+                bad.append(name)
+    return bad
+
+
+def _scaler(trainer: L.Trainer) -> Any:
+    return getattr(trainer.precision_plugin, "scaler", None)
+
+
+def _scaler_copes(trainer: L.Trainer) -> bool:
+    """Whether a loss scaler can still halve its scale, which is its answer to a gradient that overflowed."""
+    scaler = _scaler(trainer)
+    return scaler is not None and scaler.get_scale() > 1.0
+
+
+def _num_targets(batch: Any) -> int:
+    """Supervised tokens of a batch, from its shape; 1 for batches of another kind, whose loss is a mean."""
+    targets = batch.get("targets") if isinstance(batch, Mapping) else None
+    return int(targets.numel()) if isinstance(targets, Tensor) else 1
+
+
+# Naming
+
+
+def _rows(trainer: L.Trainer, batch: Any) -> list[object]:
+    """Where the rows of a batch were read; their ids where the data module cannot say."""
+    ids = batch.get("row_ids") if isinstance(batch, Mapping) else None
+    if not ids:
+        return []
+    data = getattr(trainer, "datamodule", None)
+    if isinstance(data, _NamesRows):
+        return list(data.origins(tuple(ids)))
+    return [f"row {row}" for row in ids if row >= 0]
+
+
+def _named(rows: Sequence[object]) -> str:
+    if not rows:
+        return ""
+    more = f" and {len(rows) - _NAMED_ROWS} more" if len(rows) > _NAMED_ROWS else ""
+    return f" (rows: {', '.join(map(str, rows[:_NAMED_ROWS]))}{more})"
+
+
+def _describe(step: int, ranks: list[dict[str, Any]]) -> str:
+    """Say what was not finite, where, and in which rows, over all ranks."""
+    bad_loss = [r for r in ranks if not all(map(math.isfinite, r["losses"]))]
+    what = "The loss is" if bad_loss else "The loss is finite but the gradient is"
+    lines = [f"{what} NaN or infinite in the optimizer step after step {step}."]
+    for rank in bad_loss or ranks:
+        where = f"rank {rank['rank']}: " if len(ranks) > 1 else ""
+        gradients = f"; gradients of {len(rank['gradients'])} tensors, such as {rank['gradients'][0]}"
+        lines.append(
+            f"  {where}micro-batch losses {', '.join(f'{loss:.4g}' for loss in rank['losses'])}"
+            f"{gradients if rank['gradients'] else ''}{_named(rank['rows'])}; batch saved to {rank['saved']}"
+        )
+    return "\n".join(lines)
+
+
+def _on_host(batch: Any) -> Any:
+    """Copy a batch's tensors to the host and drop what is neither tensor nor plain value."""
+    if isinstance(batch, Tensor):
+        return batch.detach().cpu()
+    if isinstance(batch, Mapping):
+        return {str(key): _on_host(value) for key, value in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        return [_on_host(value) for value in batch]
+    return batch if batch is None or type(batch) in (bool, int, float, str) else str(batch)
+
+
+def _out_of_memory_note(trainer: L.Trainer, batch: Any) -> str:
+    stage = "validation" if trainer.validating else "training"
+    lines = [f"Out of memory in {stage} at step {trainer.global_step}: {_batch_size(batch)}."]
+    device = trainer.strategy.root_device
+    if device.type == "cuda":
+        gib = 1024.0**3
+        free, total = torch.cuda.mem_get_info(device)
+        lines += [
+            f"  allocated {torch.cuda.memory_allocated(device) / gib:8.2f} GiB (tensors)",
+            f"  reserved  {torch.cuda.memory_reserved(device) / gib:8.2f} GiB (tensors and their gaps)",
+            f"  peak      {torch.cuda.max_memory_allocated(device) / gib:8.2f} GiB",
+            f"  free      {free / gib:8.2f} GiB of {total / gib:.2f} GiB on {device}",
+        ]
+    lines.append(
+        "Nothing was updated and the last checkpoint is as it was. What helps, in this order: "
+        "model.activation_checkpointing: full; fewer tokens per batch (data.tokens_per_batch, data.max_length or "
+        "data.batch_size) with trainer.accumulate_grad_batches raised to match, which computes the same update; a "
+        "smaller lora.r. If reserved lies far above allocated, set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True."
+    )
+    return "\n".join(lines)
+
+
+def _batch_size(batch: Any) -> str:
+    if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
+        return "a batch of unknown size"
+    rows, width = batch["input_ids"].shape[0], batch["input_ids"].shape[-1]
+    lengths = batch.get("document_lengths")
+    documents = f", {len(lengths)} documents of at most {max(lengths)} tokens" if lengths else ""
+    return f"a batch of {rows} x {width} = {rows * width} tokens{documents}"

@@ -1,0 +1,71 @@
+"""What a checkpoint says of the run that made it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+
+from lightning_qlora.adapter_folder import find_peft_model
+from lightning_qlora.identity import identify, package_versions
+from lightning_qlora.redaction import scrub
+from lightning_qlora.schema import ChatDataModule
+
+__all__ = ["describe_run", "identify_run", "stop_tokens_of", "tokenizer_of"]
+
+
+def tokenizer_of(trainer: L.Trainer) -> Any:
+    """Return the tokenizer of the data module or of the module; ``None`` where neither has one."""
+    for owner in (_data_module(trainer), trainer.lightning_module):
+        tokenizer = getattr(owner, "tokenizer", None)
+        if hasattr(tokenizer, "save_pretrained"):
+            return tokenizer
+    return None
+
+
+def stop_tokens_of(trainer: L.Trainer) -> tuple[int, ...]:
+    """Return the terminators that the data supervises."""
+    data = _data_module(trainer)
+    return tuple(data.stop_token_ids) if isinstance(data, ChatDataModule) else ()
+
+
+def identify_run(trainer: L.Trainer) -> dict[str, Any]:
+    """Describe what the run's adapter belongs to (:mod:`lightning_qlora.identity`)."""
+    _, model = find_peft_model(trainer.lightning_module)
+    return identify(model, tokenizer_of(trainer), getattr(_data_module(trainer), "fingerprint", None))
+
+
+def describe_run(trainer: L.Trainer) -> dict[str, Any]:
+    """Return step, metrics, versions and configuration, without secrets, as plain JSON values."""
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
+    hyper_parameters = {
+        "module": dict(trainer.lightning_module.hparams),
+        "data": dict(getattr(_data_module(trainer), "hparams", {})),
+    }
+    return {
+        "step": trainer.global_step,
+        "epoch": trainer.current_epoch,
+        "metrics": {name: value for name, value in metrics.items() if math.isfinite(value)},
+        "world_size": trainer.world_size,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "versions": package_versions(),
+        "config": scrub(_plain(hyper_parameters)),
+    }
+
+
+def _data_module(trainer: L.Trainer) -> Any:
+    return getattr(trainer, "datamodule", None)
+
+
+def _plain(value: Any) -> Any:
+    """Turn hyperparameters into what JSON holds; objects into their text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(item) for item in value]
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    return str(value)
