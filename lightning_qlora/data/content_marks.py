@@ -24,6 +24,7 @@ __all__ = [
     "Source",
     "Span",
     "TemplateFields",
+    "holds_marker",
     "template_messages",
     "template_tools",
     "template_variables",
@@ -45,7 +46,7 @@ Kind: TypeAlias = Literal["content", "reasoning", "call", "label", "tools", "var
 """What a marked string is: ``label`` is a name or an id, which templates may leave out."""
 
 NO_MESSAGE = -1
-"""The owner of strings that belong to no message: tool schemas and template variables."""
+"""The owner of strings that belong to no message: tool schemas, template variables, and names that several share."""
 
 SCHEMA_WORDS: frozenset[str] = frozenset(
     {"type", "function", "name", "description", "parameters", "properties", "required", "items", "enum", "const"}
@@ -77,10 +78,12 @@ class TemplateFields(NamedTuple):
 
     Attributes:
         reasoning: The keys under which it reads an assistant's reasoning.
+        content_as_parts: Whether it wants content as a list of parts, as templates of models that also see do.
         arguments_as_text: Whether it writes the arguments of a call as they are, so that they must be JSON text.
     """
 
     reasoning: tuple[str, ...] = ("reasoning_content",)
+    content_as_parts: bool = False
     arguments_as_text: bool = False
 
 
@@ -111,18 +114,18 @@ class Marks:
         begin = len(text) - len(text.lstrip())
         return text[:begin] + marked + text[begin + len(core) :]
 
-    def label(self, text: str, owner: int) -> str:
+    def label(self, text: str) -> str:
         """Mark a name or an id, the same one always in the same way, so that templates can compare them."""
         if text not in self._labels:
             spare = self._spare is not None and self._spare(text)
-            self._labels[text] = text if spare else self.wrap(text, owner, "label")
+            self._labels[text] = text if spare else self.wrap(text, NO_MESSAGE, "label")
         return self._labels[text]
 
     def answer(self, text: str, owner: int, kind: Kind) -> str:
         """Mark an assistant's text piece by piece, between the think and tool markers that it may write."""
-        pieces = _RESERVED.split(text)
-        if len(pieces) == 1:
+        if not holds_marker(text):
             return self.wrap(text, owner, kind)
+        pieces = _RESERVED.split(text)
         opened = pieces[1] in THINK_CLOSE
         for index, piece in enumerate(pieces):
             if index % 2:
@@ -161,6 +164,11 @@ class Marks:
                     return None
                 begun, start = number, position
         return None if begun is not None else ("".join(pieces[::2]), spans)
+
+
+def holds_marker(text: str) -> bool:
+    """Whether ``text`` holds a think or tool marker."""
+    return ("<" in text or "[" in text or "◁" in text) and _RESERVED.search(text) is not None
 
 
 def _strings(value: Any) -> Iterable[str]:
@@ -209,7 +217,8 @@ def template_messages(messages: Sequence[Message], fields: TemplateFields, marks
         content = message.content
         if marks is not None:
             content = (marks.answer if message.role == "assistant" else marks.wrap)(content, owner, "content")
-        turn: dict[str, Any] = {"role": message.role, "content": content}
+        parts = [{"type": "text", "text": content}] if fields.content_as_parts else content
+        turn: dict[str, Any] = {"role": message.role, "content": parts}
         if message.reasoning:
             reasoning = message.reasoning if marks is None else marks.answer(message.reasoning, owner, "reasoning")
             turn |= dict.fromkeys(fields.reasoning, reasoning)
@@ -217,7 +226,7 @@ def template_messages(messages: Sequence[Message], fields: TemplateFields, marks
             turn["tool_calls"] = [_template_call(call, owner, fields, marks) for call in message.tool_calls]
         for key, label in (("name", message.name), ("tool_call_id", message.tool_call_id)):
             if label is not None:
-                turn[key] = label if marks is None else marks.label(label, owner)
+                turn[key] = label if marks is None else marks.label(label)
         written.append(turn)
     return written
 
@@ -231,7 +240,7 @@ def _template_call(call: dict[str, Any], owner: int, fields: TemplateFields, mar
     else:
         name = marks.json(name, owner, "call")
         arguments = marks.json(arguments, owner, "call")
-        label = marks.label(label, owner) if isinstance(label, str) else label
+        label = marks.label(label) if isinstance(label, str) else label
     if fields.arguments_as_text and not isinstance(arguments, str):
         arguments = json.dumps(arguments, ensure_ascii=False)
     written: dict[str, Any] = {} if label is None else {"id": label}

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from lightning_qlora.data.content_marks import (
     RESERVED_CHARACTERS,
@@ -16,14 +15,18 @@ from lightning_qlora.data.content_marks import (
     Source,
     Span,
     TemplateFields,
+    holds_marker,
     template_messages,
     template_tools,
     template_variables,
 )
 from lightning_qlora.data.control_tokens import ControlTokens, Match
+from lightning_qlora.data.template_environment import compile_template
 from lightning_qlora.schema import ROLES, Message, Origin, RowRefused
 
 __all__ = ["Dialogue", "Rendered", "Renderer", "check_characters", "check_messages"]
+
+MAX_SKELETONS = 4096
 
 TEMPLATE_ERRORS = (
     jinja2.TemplateError,
@@ -69,6 +72,54 @@ class Rendered(NamedTuple):
         """What span number ``span`` is in that message."""
         return self.sources[self.spans[span].mark].kind
 
+    def is_of(self, span: int, index: int) -> bool:
+        """Whether span number ``span`` belongs to message ``index``, or to no message because it is but a name."""
+        return self.kind(span) == "label" or self.owner(span) == index
+
+
+class Shape(NamedTuple):
+    """A chat of plain text without its words.
+
+    Attributes:
+        key: Roles, and the outer white space of every string: what the words stand in.
+        words: The strings inside their white space, in the order in which they are marked.
+    """
+
+    key: tuple[Any, ...]
+    words: list[str]
+
+
+class Skeleton(NamedTuple):
+    """What a template writes around the words of chats of one shape.
+
+    Attributes:
+        gaps: The text before, between and after the words.
+        controls: The control tokens in each gap.
+        marks: Which of the row's strings stands behind each gap but the last.
+        sources: Where the strings come from.
+    """
+
+    gaps: list[str]
+    controls: list[tuple[Match, ...]]
+    marks: list[int]
+    sources: list[Source]
+
+    def fill(self, words: Sequence[str]) -> Rendered:
+        """Put words into the gaps, one for each mark."""
+        pieces: list[str] = []
+        spans: list[Span] = []
+        controls: list[Match] = []
+        position = 0
+        for gap, matches, mark, word in zip(self.gaps, self.controls, [*self.marks, None], [*words, ""], strict=True):
+            if matches:
+                controls += [Match(position + start, position + end, token_id) for start, end, token_id in matches]
+            position += len(gap)
+            pieces += (gap, word)
+            if mark is not None:
+                spans.append(Span(position, position + len(word), mark))
+                position += len(word)
+        return Rendered("".join(pieces), spans, self.sources, controls)
+
 
 class Renderer:
     """Renders dialogues by a tokenizer's chat template.
@@ -77,6 +128,11 @@ class Renderer:
         tokenizer: The tokenizer that holds the template.
         control_tokens: The tokenizer's control tokens.
         variables: Variables for the template that the run, not the row, sets.
+
+    Attributes:
+        fields: How the template wants to be handed messages.
+        modes: The variables of the generation prompts that the template may be asked for: as it comes, and without
+            thinking if it knows that switch and the run leaves it open.
     """
 
     def __init__(
@@ -86,14 +142,18 @@ class Renderer:
         self._control_tokens = control_tokens
         self._variables = {**tokenizer.special_tokens_map, **variables}
         self._templates: dict[bool, jinja2.Template] = {}
+        self._skeletons: dict[tuple[Any, ...], Skeleton] = {}
+        self.modes: tuple[dict[str, Any], ...] = ({},)
         self.fields = TemplateFields()
         if tokenizer.chat_template:
             for has_tools in (False, True):
                 source = tokenizer.get_chat_template(None, tools=[{}] if has_tools else None)
-                self._templates[has_tools] = _compile_jinja_template(source)
+                self._templates[has_tools] = compile_template(source)
             keys = ("thinking", "reasoning")
             named = tuple(key for key in keys if f".{key}" in source or f"'{key}'" in source or f'"{key}"' in source)
             self.fields = TemplateFields(("reasoning_content", *named))
+            if "enable_thinking" in source and "enable_thinking" not in variables:
+                self.modes = ({}, {"enable_thinking": False})
 
     @property
     def has_template(self) -> bool:
@@ -127,34 +187,69 @@ class Renderer:
     def render(self, dialogue: Dialogue, *, for_generation: bool = False) -> Rendered:
         """Run the template with and without marks, and tell whose every character is.
 
+        Marks are followed once for all chats of a shape: where they led says what the template writes around the
+        words, and a row of the same shape must come out as just that with its own words, or its marks are followed.
+
         Raises:
             RowRefused: The template raises, the row holds reserved characters, or the marks do not come back whole.
         """
         text = self.write(dialogue, for_generation=for_generation)
         check_characters(text, dialogue.origin)
+        shape = _shape(dialogue, for_generation)
+        if shape is not None and (skeleton := self._skeletons.get(shape.key)) is not None:
+            filled = skeleton.fill([shape.words[mark] for mark in skeleton.marks])
+            if filled.text == text:
+                return filled
         for spare in (None, self._control_tokens.is_inert):
             marks = Marks(spare)
             try:
-                found_spans = marks.find(self.write(dialogue, for_generation=for_generation, marks=marks))
+                found = marks.find(self.write(dialogue, for_generation=for_generation, marks=marks))
             except RowRefused:
                 continue  # the template objects to the marks, not to the row
-            if found_spans is not None and found_spans[0] == text:
-                spans = found_spans[1]
-                return Rendered(text, spans, marks.sources, self._controls(text, spans))
+            if found is not None and found[0] == text:
+                skeleton = self._skeleton(text, found[1], marks.sources)
+                filled = skeleton.fill([text[span.start : span.end] for span in found[1]])
+                if shape is not None and all(text[start:end] == shape.words[mark] for start, end, mark in found[1]):
+                    self._remember(shape.key, skeleton)
+                return filled
         raise RowRefused(
             "content-altered",
             "The chat template inspects, cuts or rearranges content, so whose each character is cannot be proven.",
             dialogue.origin,
         )
 
-    def _controls(self, text: str, spans: Sequence[Span]) -> list[Match]:
-        controls, position = [], 0
-        for end, resume in [*((span.start, span.end) for span in spans), (len(text), len(text))]:
-            if end > position:
-                for start, stop, token_id in self._control_tokens.matches(text[position:end]):
-                    controls.append(Match(position + start, position + stop, token_id))
-            position = resume
-        return controls
+    def _skeleton(self, text: str, spans: Sequence[Span], sources: list[Source]) -> Skeleton:
+        starts, ends = [0, *(span.end for span in spans)], [*(span.start for span in spans), len(text)]
+        gaps = [text[start:end] for start, end in zip(starts, ends, strict=True)]
+        return Skeleton(
+            gaps, [self._control_tokens.matches(gap) for gap in gaps], [span.mark for span in spans], sources
+        )
+
+    def _remember(self, key: tuple[Any, ...], skeleton: Skeleton) -> None:
+        if len(self._skeletons) >= MAX_SKELETONS:
+            self._skeletons.clear()
+        self._skeletons[key] = skeleton
+
+
+def _shape(dialogue: Dialogue, for_generation: bool) -> Shape | None:
+    """Take the words out of a chat; ``None`` where more than plain text would have to be compared."""
+    if dialogue.tools or dialogue.variables:
+        return None
+    key: list[Any] = [for_generation]
+    words = []
+    for message in dialogue.messages:
+        if message.tool_calls or message.name is not None or message.tool_call_id is not None:
+            return None
+        key.append(message.role)
+        for text in (message.content, message.reasoning or ""):
+            word = text.strip()
+            if message.role == "assistant" and holds_marker(word):
+                return None
+            begin = 0 if len(word) == len(text) else len(text) - len(text.lstrip())
+            key.append((text[:begin], text[begin + len(word) :], bool(word)))
+            if word:
+                words.append(word)
+    return Shape(tuple(key), words)
 
 
 def check_characters(text: str, origin: Origin) -> None:

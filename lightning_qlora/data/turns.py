@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Container
+from itertools import islice
 from typing import Any, NamedTuple
 
 from lightning_qlora.data.control_tokens import ControlTokens
@@ -13,7 +15,6 @@ __all__ = ["Turn", "Turns", "check_rendered", "other_prompt"]
 
 PROBE = Origin("probe", 1)
 CALL_ID = "call12345"
-CALL = {"type": "function", "id": CALL_ID, "function": {"name": "add", "arguments": {"a": 1, "b": "two"}}}
 TOOL = {
     "type": "function",
     "function": {
@@ -32,6 +33,10 @@ TOOL = {
 
 
 MAX_BORDERS = 65536
+
+
+TEXT = ("content", "reasoning")
+"""The kinds of strings that a turn says once."""
 
 
 class Border(NamedTuple):
@@ -80,6 +85,7 @@ class Turns:
         self._control_tokens = control_tokens
         self._borders: dict[tuple[Any, ...], Border | None] = {}
         self._generation_prompt = ""
+        self._inner_ids: set[int] = set(control_tokens.reserved_ids)
         self.answer_stops: set[int] = set()
         self.call_stops: set[int] = set()
         self.control_token_ids: set[int] = set()
@@ -96,32 +102,51 @@ class Turns:
             RowRefused: ``empty-answer``; ``content-altered`` when the turn is not in one piece.
         """
         text, spans = rendered.text, rendered.spans
-        own = [number for number in range(len(spans)) if rendered.owner(number) == index]
-        if not own:
-            raise RowRefused("empty-answer", f"Message {index} (assistant) says nothing.", dialogue.origin)
-        first, last = own[0], own[-1]
-        texts = [spans[number].mark for number in own if rendered.kind(number) in ("content", "reasoning")]
-        if len(own) != last - first + 1 or len(set(texts)) != len(texts):
-            raise RowRefused(
-                "content-altered", f"The chat template writes parts of message {index} twice or apart.", dialogue.origin
-            )
-        begin = spans[first - 1].end if first else 0
-        border = self._border(dialogue, index, text[begin : spans[first].start])
+        first, last = self._own_spans(dialogue, rendered, index)
+        before = [number for number in range(first) if rendered.kind(number) != "label"]
+        begin = spans[before[-1]].end if before else 0
+        border = self._border(dialogue, rendered, index, begin, spans[first].start)
         if border is None:
             return other_prompt(dialogue.origin, index)
-        limit = spans[last + 1].start if last + 1 < len(spans) else len(text)
-        stop = self._end(rendered, spans[last].end, limit)
+        others = (
+            span.start for number, span in enumerate(spans) if number > last and not rendered.is_of(number, index)
+        )
         stops = self.call_stops if dialogue.messages[index].tool_calls else self.answer_stops
-        if stop is None or rendered.controls[stop].token_id not in stops:
+        stop = self._end(rendered, spans[last].end, next(others, len(text)), stops)
+        if stop is None:
             return self._no_end_token(dialogue.origin, index, stops)
         return Turn(index, begin + border.length, stop, border.prompt_ids)
 
-    def _end(self, rendered: Rendered, begin: int, limit: int) -> int | None:
-        """The first control token from ``begin`` on, but for the think and tool markers that belong to the turn."""
-        reserved = self._control_tokens.reserved_ids
+    def _own_spans(self, dialogue: Dialogue, rendered: Rendered, index: int) -> tuple[int, int]:
+        """The spans by which a message begins, and by which all of it has been written.
+
+        What comes later is an echo: templates repeat the name of the called function above its result.
+        """
+        own = [number for number in range(len(rendered.spans)) if rendered.owner(number) == index]
+        if not own:
+            raise RowRefused("empty-answer", f"Message {index} (assistant) says nothing.", dialogue.origin)
+        missing = {rendered.spans[number].mark for number in own}
+        for number in range(own[0], len(rendered.spans)):
+            mark = rendered.spans[number].mark
+            if not rendered.is_of(number, index) or (rendered.kind(number) in TEXT and mark not in missing):
+                break
+            missing.discard(mark)
+            if not missing:
+                if any(rendered.kind(echo) in TEXT for echo in own if echo > number):
+                    break
+                return own[0], number
+        raise RowRefused(
+            "content-altered", f"The chat template writes parts of message {index} twice or apart.", dialogue.origin
+        )
+
+    def _end(self, rendered: Rendered, begin: int, limit: int, stops: Container[int]) -> int | None:
+        """The first end token from ``begin`` on; only tokens that occur within turns may stand before it."""
         for number, match in enumerate(rendered.controls):
-            if begin <= match.start < limit and match.token_id not in reserved:
-                return number
+            if begin <= match.start < limit:
+                if match.token_id in stops:
+                    return number
+                if match.token_id not in self._inner_ids:
+                    return None
         return None
 
     def _no_end_token(self, origin: Origin, index: int, stops: set[int]) -> RowRefused:
@@ -133,51 +158,87 @@ class Turns:
             origin,
         )
 
-    def _border(self, dialogue: Dialogue, index: int, gap: str) -> Border | None:
+    def _border(self, dialogue: Dialogue, rendered: Rendered, index: int, begin: int, end: int) -> Border | None:
         """Tell how much of the text between the content before and a turn's own is the generation prompt's.
 
         The answer depends on that text alone, so that few prompts are ever rendered.
         """
-        variables = json.dumps(dialogue.variables, sort_keys=True, default=repr)
-        key = (gap, index == 0, bool(dialogue.tools), variables)
+        variables = json.dumps(dialogue.variables, sort_keys=True, default=repr) if dialogue.variables else ""
+        key = (rendered.text[begin:end], index == 0, bool(dialogue.tools), variables)
         if key not in self._borders:
             if len(self._borders) >= MAX_BORDERS:
                 self._borders.clear()
-            length = self._prompt_length(dialogue, index, gap)
-            self._borders[key] = None if length is None else Border(length, self._last_prompt_ids(gap[:length]))
+            self._borders[key] = self._find_border(dialogue, rendered, index, begin, end)
         return self._borders[key]
 
-    def _prompt_length(self, dialogue: Dialogue, index: int, gap: str) -> int | None:
+    def _find_border(self, dialogue: Dialogue, rendered: Rendered, index: int, begin: int, end: int) -> Border | None:
+        """Ask for the generation prompt in each mode; take the first whose tokens, too, lead to the turn."""
+        gap = rendered.text[begin:end]
+        borders = []
+        for mode in self._renderer.modes:
+            length = self._prompt_length(dialogue, rendered, index, begin, gap, mode)
+            if length is None or self._has_header(gap[length:]):
+                continue
+            border = Border(length, self._last_prompt_ids(gap, length))
+            borders.append(border)
+            if border.prompt_ids is None or self._leads(gap, border):
+                return border
+        return borders[0] if borders else None
+
+    def _has_header(self, text: str) -> bool:
+        """Whether ``text`` opens a turn, which is never the model's to write."""
+        written = {match.token_id for match in self._control_tokens.matches(text)}
+        opening = self._control_tokens.matches(self._generation_prompt)
+        if opening:
+            return opening[0].token_id in written
+        return self._generation_prompt in text if self._generation_prompt else bool(written)
+
+    def _prompt_length(
+        self, dialogue: Dialogue, rendered: Rendered, index: int, begin: int, gap: str, mode: dict[str, Any]
+    ) -> int | None:
         if index == 0:
-            return len(gap) if gap.endswith(self._generation_prompt or "\0") else None
+            return len(gap) if gap.endswith(self._generation_prompt) else None
+        past = dialogue._replace(messages=dialogue.messages[:index], variables={**mode, **dialogue.variables})
         try:
-            prompt = self._renderer.render(dialogue._replace(messages=dialogue.messages[:index]), for_generation=True)
+            prompt = self._renderer.render(past, for_generation=True)
         except RowRefused:
             return None
-        tail = prompt.text[prompt.spans[-1].end if prompt.spans else 0 :]
-        if not gap.startswith(tail):
+        if mode and prompt.text != rendered.text[: len(prompt.text)]:
             return None
-        if not self._generation_prompt and self._control_tokens.matches(gap[len(tail) :]):
-            return None  # the template has no generation prompt, so nothing tells the role header from the answer
-        return len(tail)
+        ends = [span.end for number, span in enumerate(prompt.spans) if prompt.kind(number) != "label"]
+        tail = prompt.text[ends[-1] if ends else 0 :]
+        return len(tail) if gap.startswith(tail) else None
 
-    def _last_prompt_ids(self, prompt: str) -> list[int] | None:
-        controls = self._control_tokens.matches(prompt)
+    def _leads(self, gap: str, border: Border) -> bool:
+        start = self._control_tokens.matches(gap[: border.length])[-1].start
+        ids = self._control_tokens.backend.encode(gap[start:], add_special_tokens=False).ids
+        return border.prompt_ids == ids[: len(border.prompt_ids or ())]
+
+    def _last_prompt_ids(self, gap: str, length: int) -> list[int] | None:
+        controls = self._control_tokens.matches(gap[:length])
         if not controls:
             return None
-        return list(self._control_tokens.backend.encode(prompt[controls[-1].start :], add_special_tokens=False).ids)
+        prompt = gap[controls[-1].start : length]
+        return list(self._control_tokens.backend.encode(prompt, add_special_tokens=False).ids)
 
     def _probe(self) -> None:
         """Learn from short chats how the template ends turns and prompts."""
         ask, tell = Message("user", "Probe question"), Message("assistant", "Probe answer")
-        call = Message("assistant", "", tool_calls=(CALL,))
-        result = Message("tool", "Probe result", tool_call_id=CALL_ID, name="add")
+        for content_as_parts in (False, True):
+            self._renderer.fields = self._renderer.fields._replace(content_as_parts=content_as_parts)
+            self.answer_stops = self._learn_stops((ask, tell), ())
+            if self.answer_stops:
+                break
+        else:
+            self._renderer.fields = self._renderer.fields._replace(content_as_parts=False)
         self._learn_generation_prompt(ask)
-        self.answer_stops = self._learn_stops((ask, tell), ())
+        result = Message("tool", "Probe result", tool_call_id=CALL_ID, name="add")
         for arguments_as_text in (False, True):
             self._renderer.fields = self._renderer.fields._replace(arguments_as_text=arguments_as_text)
-            for messages in ((ask, call), (ask, call, result, tell)):
-                self.call_stops |= self._learn_stops(messages, (TOOL,))
+            for arguments in ({"a": "one", "b": 2}, {"a": 1, "b": 2}):
+                call = Message("assistant", "", tool_calls=(_call(arguments),))
+                for messages in ((ask, call), (ask, call, result, tell)):
+                    self.call_stops |= self._learn_stops(messages, (TOOL,))
             if self.call_stops:
                 return
         self._renderer.fields = self._renderer.fields._replace(arguments_as_text=False)
@@ -188,6 +249,8 @@ class Turns:
             prompt, closed = (self._renderer.render(dialogue, for_generation=wanted) for wanted in (True, False))
         except RowRefused:
             return
+        if not prompt.spans or not closed.spans:
+            return
         tail, other = (rendered.text[rendered.spans[-1].end :] for rendered in (prompt, closed))
         pairs = enumerate(zip(tail, other, strict=False))
         common = next((place for place, (one, two) in pairs if one != two), min(len(tail), len(other)))
@@ -197,17 +260,23 @@ class Turns:
         self.control_token_ids |= {match.token_id for match in prompt.controls}
 
     def _learn_stops(self, messages: tuple[Message, ...], tools: tuple[dict[str, Any], ...]) -> set[int]:
-        """Find the token that ends the second message."""
+        """Find the token that ends the second message, and those that stand between its parts."""
         dialogue = Dialogue(messages, tools, {}, PROBE)
         try:
             rendered = self._renderer.render(dialogue)
             check_rendered(dialogue, rendered)
+            first, last = self._own_spans(dialogue, rendered, 1)
         except RowRefused:
             return set()
+        start, end = rendered.spans[first].end, rendered.spans[last].end
         self.control_token_ids |= {match.token_id for match in rendered.controls}
-        end = max(span.end for number, span in enumerate(rendered.spans) if rendered.owner(number) == 1)
-        stop = self._end(rendered, end, len(rendered.text))
-        return set() if stop is None else {rendered.controls[stop].token_id}
+        self._inner_ids |= {match.token_id for match in rendered.controls if start <= match.start < end}
+        after = (match.token_id for match in rendered.controls if match.start >= end)
+        return set(islice((token_id for token_id in after if token_id not in self._inner_ids), 1))
+
+
+def _call(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "function", "id": CALL_ID, "function": {"name": "add", "arguments": arguments}}
 
 
 def check_rendered(dialogue: Dialogue, rendered: Rendered) -> dict[int, RowRefused]:
