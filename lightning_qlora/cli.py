@@ -29,10 +29,17 @@ __all__ = ["QLoRACLI", "main"]
 
 TRACEBACK_VARIABLE = "LIGHTNING_QLORA_TRACEBACK"
 
-_PREDICTIONS = "predictions.jsonl"
+# What a subcommand does beside its own work unless the configuration brings a callback of that kind. AdapterCheckpoint
+# is also what finds ckpt_path: last, and Lightning warns when a callback that was in training is missing later.
+_DEFAULT_CALLBACKS: dict[str, tuple[type[Callback], ...]] = {
+    "fit": (AdapterCheckpoint, RunGuard, PerformanceMonitor, RunSummary),
+    "validate": (AdapterCheckpoint, RunGuard),
+    "test": (AdapterCheckpoint, RunGuard),
+    "predict": (AdapterCheckpoint, RunGuard, PredictionWriter),
+}
 
-# What `fit` does beside training unless the configuration brings its own callback of that kind.
-_DEFAULT_CALLBACKS: tuple[type[Callback], ...] = (AdapterCheckpoint, RunGuard, PerformanceMonitor, RunSummary)
+# Callbacks of Lightning that a user may give instead.
+_REPLACEMENTS: dict[type[Callback], tuple[type[Callback], ...]] = {RunSummary: (ModelSummary,)}
 
 
 class _ArgumentParser(LightningArgumentParser):
@@ -40,6 +47,8 @@ class _ArgumentParser(LightningArgumentParser):
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:
+            super().error(message, ex)  # raises: the parsers of nested classes try several readings of a value
         parser = getattr(ex, "subcommand_parser", None) or self
         program = parser.prog.replace(" [options]", "")
         self.exit(2, f"error: {message}\nAll options: {program} --help\n")
@@ -135,15 +144,14 @@ class QLoRACLI(LightningCLI):
         return super().instantiate_trainer(**{**choices, **kwargs})
 
     def _with_default_callbacks(self, given: Callback | list[Callback] | None) -> list[Callback]:
+        """Add what the configuration does not bring itself."""
         callbacks = [given] if isinstance(given, Callback) else list(given or ())
-        if self.subcommand == "predict" and not any(isinstance(c, PredictionWriter) for c in callbacks):
-            callbacks.append(PredictionWriter(_PREDICTIONS))
-        if self.subcommand == "fit":
-            enabled = self._get(self.config_init, "trainer").enable_checkpointing is not False
-            for kind in _DEFAULT_CALLBACKS:
-                wanted = kind is not AdapterCheckpoint or enabled
-                if wanted and not any(isinstance(c, (kind, _replacement(kind))) for c in callbacks):
-                    callbacks.append(kind())
+        defaults = _DEFAULT_CALLBACKS.get(str(self.subcommand), ())
+        if self._get(self.config_init, "trainer").enable_checkpointing is False:
+            defaults = tuple(kind for kind in defaults if kind is not AdapterCheckpoint)
+        for kind in defaults:
+            if not any(isinstance(callback, (kind, *_REPLACEMENTS.get(kind, ()))) for callback in callbacks):
+                callbacks.append(kind())
         return callbacks
 
     @override
@@ -165,11 +173,6 @@ class QLoRACLI(LightningCLI):
 def _objects_of_the_run(tool: Callable[..., Any]) -> set[str]:
     """Which of the run's objects a tool asks for; one that asks for none takes only its own options."""
     return {"model", "datamodule", "trainer"} & set(python_inspect.signature(tool).parameters)
-
-
-def _replacement(kind: type[Callback]) -> type[Callback]:
-    """Return the callback of Lightning that a user may give instead of one of ours."""
-    return ModelSummary if kind is RunSummary else kind
 
 
 def _default_precision(accelerator: object, plugins: object) -> str | None:

@@ -116,8 +116,12 @@ class DataSource:
         return f"{self.path}{subset}{':' + self.split if self.split else ''}"
 
 
-Sources: TypeAlias = str | DataSource | list[str | DataSource]
-"""What a data module takes: one path or source, or a list of them."""
+Sources: TypeAlias = str | DataSource | list[str | DataSource] | Path
+"""What a data module takes: one path or source, or a list of them.
+
+``Path`` also keeps jsonargparse from reading a named file as a part of the configuration, which it would for a union of
+text and dataclass alone: a data file may well be YAML, empty, or of any size.
+"""
 
 
 def as_sources(sources: Sources) -> list[DataSource]:
@@ -129,7 +133,7 @@ def as_sources(sources: Sources) -> list[DataSource]:
     entries = sources if isinstance(sources, list) else [sources]
     if not entries:
         raise ValueError("The list of data sources is empty. Write at least one path or dataset id.")
-    return [entry if isinstance(entry, DataSource) else DataSource(entry) for entry in entries]
+    return [entry if isinstance(entry, DataSource) else DataSource(str(entry)) for entry in entries]
 
 
 def read_rows(

@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import textwrap
+from pathlib import Path
 import tracemalloc
 from types import SimpleNamespace
 
@@ -236,6 +237,18 @@ def test_yaml_of_every_form(yaml, expected):
     assert as_sources(parser.instantiate(config).data.train) == as_sources(expected)
     again = parser.parse_string(parser.dump(config))
     assert as_sources(parser.instantiate(again).data.train) == as_sources(expected)
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"path": "elsewhere.jsonl"}', "[a, b]"])
+def test_a_file_named_on_the_command_line_is_not_read_as_configuration(content, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text(content)
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Data, "data")
+    parsed = parser.instantiate(parser.parse_args(["--data.train=rows.jsonl"]))
+    assert as_sources(parsed.data.train) == [DataSource("rows.jsonl")]
+    parsed = parser.instantiate(parser.parse_string("data: {train: [rows.jsonl]}"))
+    assert as_sources(parsed.data.train) == [DataSource("rows.jsonl")]
 
 
 def test_command_line_and_its_errors():
