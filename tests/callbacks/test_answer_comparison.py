@@ -179,3 +179,22 @@ def test_says_when_adapters_off_is_not_the_base(folder, tokenizer, questions, tm
 def test_refuses_options_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
         AnswerComparison("questions.jsonl", **options)
+
+
+@pytest.mark.slow
+def test_ranks_share_the_questions(folder, tokenizer, questions, tmp_path):
+    def answer(root, **options):
+        callback = AnswerComparison(questions, max_new_tokens=4, output_dir=root)
+        tiny_trainer(root, callbacks=[callback], **options).validate(
+            tiny_sft_module(folder), TinyChats(tokenizer), verbose=False
+        )
+        return (root / "step_0.jsonl").read_text(), (root / "step_0.json").read_text()
+
+    one = answer(tmp_path / "one")
+    two = answer(tmp_path / "two", strategy="ddp_fork", devices=2, use_distributed_sampler=False)
+
+    assert [json.loads(line)["after"]["answer"] for line in one[0].splitlines()] == [
+        json.loads(line)["after"]["answer"] for line in two[0].splitlines()
+    ]
+    for name, value in json.loads(one[1])["after"].items():
+        assert json.loads(two[1])["after"][name] == pytest.approx(value, rel=1e-5)
