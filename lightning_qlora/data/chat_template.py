@@ -25,6 +25,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -122,6 +123,26 @@ class ChatTemplate:
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=repr).encode()).hexdigest()
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the template does to ordinary chats that a user should know before training on them."""
+        ask, tell = Message("user", "Probe question"), Message("assistant", "Probe answer")
+        think = replace(tell, reasoning="Probe reasoning")
+        chats = {
+            "an answer": (ask, tell),
+            "an answer that another question follows": (ask, tell, ask),
+            "an answer with reasoning": (ask, think),
+            "an answer with reasoning that another question follows": (ask, think, ask),
+        }
+        found = []
+        for name, messages in chats.items():
+            plan = self._try_plan(Conversation(messages, Origin("probe", 1), (), {}))
+            if isinstance(plan, RowRefused):
+                found.append(f"{name} is not trained on ({plan.reason})")
+            elif mode := plan.turns[0].mode:
+                found.append(f"{name} is trained on as what the prompt with {mode} asks for")
+        return tuple(found)
+
     def render(self, conversation: Conversation) -> str:
         """Write a conversation as text, as it is trained on.
 
@@ -187,26 +208,28 @@ class ChatTemplate:
     def _plan(self, row: Conversation) -> Plan:
         dialogue = _dialogue(row)
         check_messages(dialogue)
-        asked, last = self._asked(row.messages)
         rendered = self._renderer.render(dialogue)
         dropped = check_rendered(dialogue, rendered)
         turns = []
-        for index in asked:
+        for index, required in self._asked(row.messages):
             turn = dropped.get(index) or self._turns.find(dialogue, rendered, index)
             if isinstance(turn, Turn):
                 turns.append(turn)
-            elif index == last or row.messages[index].train:
+            elif required:
                 raise turn
         if not turns:
             raise RowRefused("no-supervised-tokens", "No turn of the row is to be trained on as it stands.", row.origin)
         return Plan(rendered.text, rendered.controls, turns)
 
-    def _asked(self, messages: Sequence[Message]) -> tuple[list[int], int | None]:
-        """The assistant turns that are to be supervised, and the last assistant turn."""
+    def _asked(self, messages: Sequence[Message]) -> list[tuple[int, bool]]:
+        """The assistant turns that are to be supervised, and whether the row is of no use without that turn."""
         assistants = [index for index, message in enumerate(messages) if message.role == "assistant"]
-        last = assistants[-1] if assistants else None
-        default = {index: self.supervise == "all" or index == last for index in assistants}
-        return [i for i in assistants if (default[i] if messages[i].train is None else messages[i].train)], last
+        asked = []
+        for index in assistants:
+            train, last = messages[index].train, index == assistants[-1]
+            if train or (train is None and (last or self.supervise == "all")):
+                asked.append((index, last or bool(train)))
+        return asked
 
     # Supervision: from characters to tokens.
 
@@ -217,26 +240,32 @@ class ChatTemplate:
         if len(ids) > 1 and ids[0] == ids[1] == self.tokenizer.bos_token_id:
             raise RowRefused("double-bos", "The text begins with two beginning-of-sequence tokens.", row.origin)
         supervised = [False] * len(ids)
+        required = dict(self._asked(row.messages))
         for turn in plan.turns:
             first = self._first_token(row, plan, turn, written)
+            if isinstance(first, RowRefused):
+                if required[turn.message]:
+                    raise first
+                continue
             stop = written.places[turn.stop]
-            if not first <= stop:
-                raise RowRefused("empty-answer", f"Message {turn.message} has no tokens.", row.origin)
             supervised[first : stop + 1] = [True] * (stop + 1 - first)
         supervised[0] = False
+        if not any(supervised):
+            raise RowRefused("no-supervised-tokens", "No turn of the row is to be trained on as it stands.", row.origin)
         return TokenizedRow(ids, supervised, row.origin)
 
-    def _first_token(self, row: Conversation, plan: Plan, turn: Turn, written: Written) -> int:
+    def _first_token(self, row: Conversation, plan: Plan, turn: Turn, written: Written) -> int | RowRefused:
         """Find the token that begins at the turn's first character, and prove that the prompt's tokens end there."""
         start = shrink(turn.start, plan.controls) if written.shrunk else turn.start
         first = written.token_at(start)
         if written.start(first) < start:
             before = [match for match in plan.controls if match.end <= turn.start]
             if not before or written.places[len(before) - 1] != first:
-                raise RowRefused(
+                return RowRefused(
                     "token-straddles-border",
                     f"A token reaches from the prompt into message {turn.message}, so generation, which is given the "
-                    "prompt alone, would start from other tokens.",
+                    "prompt alone, would start from other tokens. Another variable of the template (template_kwargs) "
+                    "or text without white space at that place avoids it.",
                     row.origin,
                 )
             first += 1
@@ -244,17 +273,16 @@ class ChatTemplate:
             while first and written.start(first - 1) >= start:
                 first -= 1
         prompt_ids = self._prompt_ids(row, plan, turn) if turn.prompt_ids is None else turn.prompt_ids
-        if written.ids[max(first - len(prompt_ids), 0) : first] != prompt_ids:
-            raise other_prompt(row.origin, turn.message)
+        if prompt_ids is None or written.ids[max(first - len(prompt_ids), 0) : first] != prompt_ids:
+            return other_prompt(row.origin, turn.message)
         return first
 
-    def _prompt_ids(self, row: Conversation, plan: Plan, turn: Turn) -> list[int]:
+    def _prompt_ids(self, row: Conversation, plan: Plan, turn: Turn) -> list[int] | None:
         """Encode the whole prompt of a turn: the way out where no control token sets the prompt's end apart."""
-        prompt = self._renderer.render(
-            _dialogue(row)._replace(messages=row.messages[: turn.message]), for_generation=True
-        )
+        past = Dialogue(row.messages[: turn.message], row.tools, {**turn.mode, **row.template_kwargs}, row.origin)
+        prompt = self._renderer.render(past, for_generation=True)
         if plan.text[: turn.start] != prompt.text:
-            raise other_prompt(row.origin, turn.message)
+            return None
         return self._write(prompt, row.origin).ids
 
     def _supervise_completion(self, row: Completion, written: Written | None) -> TokenizedRow:

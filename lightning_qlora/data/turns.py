@@ -44,10 +44,12 @@ class Border(NamedTuple):
 
     Attributes:
         length: Characters that the generation prompt writes there.
+        mode: The variables that make the template write that prompt, besides the run's.
         prompt_ids: The last tokens of that prompt, from its last control token on; ``None`` when it has none.
     """
 
     length: int
+    mode: dict[str, Any]
     prompt_ids: list[int] | None
 
 
@@ -58,12 +60,14 @@ class Turn(NamedTuple):
         message: Index of the message.
         start: The first supervised character.
         stop: Index of the control token that ends the turn among the controls of the rendered chat.
+        mode: The variables that make the template write the prompt to this turn, besides the run's.
         prompt_ids: What the tokens before the turn must end with; ``None`` when it takes the whole prompt to tell.
     """
 
     message: int
     start: int
     stop: int
+    mode: dict[str, Any]
     prompt_ids: list[int] | None
 
 
@@ -115,7 +119,7 @@ class Turns:
         stop = self._end(rendered, spans[last].end, next(others, len(text)), stops)
         if stop is None:
             return self._no_end_token(dialogue.origin, index, stops)
-        return Turn(index, begin + border.length, stop, border.prompt_ids)
+        return Turn(index, begin + border.length, stop, border.mode, border.prompt_ids)
 
     def _own_spans(self, dialogue: Dialogue, rendered: Rendered, index: int) -> tuple[int, int]:
         """The spans by which a message begins, and by which all of it has been written.
@@ -179,7 +183,7 @@ class Turns:
             length = self._prompt_length(dialogue, rendered, index, begin, gap, mode)
             if length is None or self._has_header(gap[length:]):
                 continue
-            border = Border(length, self._last_prompt_ids(gap, length))
+            border = Border(length, mode, self._last_prompt_ids(gap, length))
             borders.append(border)
             if border.prompt_ids is None or self._leads(gap, border):
                 return border
@@ -310,7 +314,7 @@ def other_prompt(origin: Origin, message: int) -> RowRefused:
     return RowRefused(
         "prompt-not-prefix",
         f"What stands before message {message} is not the prompt that the chat template writes for generation "
-        "there, so the model would be trained on a prompt that it is never given. A variable of the template "
-        "(template_kwargs) or reasoning in the rows may be missing.",
+        "there, so the model would be trained on a prompt that it is never given. A variable of the template (such as "
+        "template_kwargs: {enable_thinking: false}) or reasoning in the rows may be missing.",
         origin,
     )
