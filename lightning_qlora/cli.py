@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
 from lightning_qlora.callbacks import AdapterCheckpoint, PerformanceMonitor, PredictionWriter, RunGuard, RunSummary
+from lightning_qlora.model import compute_dtype
 from lightning_qlora.modules import CausalLMModule
 from lightning_qlora.modules.base import refuse_bitsandbytes_precision
 from lightning_qlora.tools import TOOLS
@@ -104,8 +105,9 @@ class QLoRACLI(LightningCLI):
             objects = _objects_of_the_run(tool)
             if objects:
                 self._add_arguments(subparser)
-            self._subcommand_method_arguments[name] = subparser.add_function_arguments(tool, skip=objects)
+            self._subcommand_method_arguments[name] = subparser.add_function_arguments(tool, skip={*objects})
             self._subcommand_parsers[name] = subparser
+            assert parser._subcommands_action is not None
             parser._subcommands_action.add_subcommand(name, subparser, help=description)
 
     @override
@@ -176,13 +178,12 @@ def _objects_of_the_run(tool: Callable[..., Any]) -> set[str]:
 
 
 def _default_precision(accelerator: object, plugins: object) -> str | None:
-    """bf16-mixed or 16-mixed on a CUDA GPU, float32 on a CPU; nothing where a plugin may decide."""
+    """Mixed precision in the dtype that the hardware computes in; nothing where a plugin may decide."""
     if plugins is not None:
         return None
     on_gpu = torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda")
-    if not on_gpu:
-        return "32-true"
-    return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
+    dtype = compute_dtype(torch.device("cuda" if on_gpu else "cpu"))
+    return {torch.bfloat16: "bf16-mixed", torch.float16: "16-mixed"}.get(dtype, "32-true")
 
 
 def _default_logger(logger: Any, default_root_dir: Any) -> Any:

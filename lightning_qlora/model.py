@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from bitsandbytes.functional import has_avx512bf16
 from bitsandbytes.nn import Linear4bit
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -40,18 +41,18 @@ Quantization = BitsAndBytesConfig | Literal["nf4", "int8"] | None
 
 
 def compute_dtype(device: torch.device | None = None) -> torch.dtype:
-    """Return the dtype that products run in: bfloat16 or float16 on a GPU, float32 on a CPU.
+    """Return the dtype that products run in, by hardware.
 
-    CPUs stay in float32 even where they have bfloat16 instructions: without AVX512-BF16 that dtype is tens of times
-    slower, and float32 keeps a run reproducible from one machine to the next.
+    bfloat16 on GPUs and CPUs that have instructions for it (AVX512-BF16), otherwise float16 on a GPU and float32 on a
+    CPU, where bfloat16 without such instructions is tens of times slower.
 
     Args:
         device: Where the model will run; ``None`` for the current accelerator, if any.
     """
     on_gpu = torch.cuda.is_available() if device is None else device.type == "cuda"
-    if not on_gpu:
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if on_gpu:
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.bfloat16 if has_avx512bf16() else torch.float32
 
 
 def nf4(dtype: torch.dtype | None = None) -> BitsAndBytesConfig:
@@ -89,11 +90,12 @@ def load_base_model(
     revision: str | None = None,
     quantization: Quantization = "nf4",
     dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
-    """Load a frozen causal language model, quantised while it loads, onto the current device.
+    """Load a frozen causal language model, quantised while it loads, onto a device.
 
     The result gives what ``peft.prepare_model_for_kbit_training`` promises without its float32 copies of embedding
     and head (2.1 GB for an 8B model): nothing of the base is trainable, and the norms are stable because every
@@ -104,6 +106,7 @@ def load_base_model(
         revision: Branch, tag or commit of a hub id.
         quantization: How the linear layers are stored.
         dtype: Of everything that is not quantised; ``None`` chooses by hardware.
+        device: Where a quantised base goes; ``None`` for the current GPU, or the CPU where there is none.
         attn_implementation: transformers' name of an attention function; ``None`` for the model's default.
         trust_remote_code: Whether Python code of the repository may run.
         model_kwargs: Further arguments of ``AutoModelForCausalLM.from_pretrained``.
@@ -112,7 +115,9 @@ def load_base_model(
         ValueError: If the base does not exist or is not in safetensors.
         MisconfigurationException: If no kernel can run the quantisation here.
     """
-    dtype = dtype or compute_dtype()
+    if device is None and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+    dtype = dtype or compute_dtype(device)
     config = resolve_quantization(quantization, dtype)
     source = resolve_pretrained(model_name)
     kwargs: dict[str, Any] = {
@@ -126,8 +131,7 @@ def load_base_model(
     if config is not None:
         _check_kernels(config)
         kwargs["quantization_config"] = _matching_compute_dtype(config, dtype)
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
-        kwargs.setdefault("device_map", {"": device})
+        kwargs.setdefault("device_map", {"": device or "cpu"})
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
@@ -340,7 +344,8 @@ def merge_adapter(model: PeftModel) -> PreTrainedModel:
             "The base is quantised, and merging into quantised weights rounds them a second time. Load it with "
             "quantization=None, attach the adapter with load_adapter, and merge then."
         )
-    return cast(PreTrainedModel, model.merge_and_unload())
+    merge: Callable[[], PreTrainedModel] = model.merge_and_unload  # type: ignore[assignment]
+    return merge()
 
 
 def read_adapter_base(folder: str | Path) -> tuple[str, str | None]:

@@ -23,6 +23,7 @@ from lightning_qlora.kernels.attention import use_document_attention
 from lightning_qlora.model import (
     Quantization,
     attach_adapters,
+    compute_dtype,
     enable_activation_checkpointing,
     load_adapter,
     load_base_model,
@@ -135,6 +136,7 @@ class CausalLMModule(L.LightningModule):
             revision=self.revision,
             quantization=self.quantization,
             dtype=self.base_dtype,
+            device=self._trainer.strategy.root_device if self._trainer is not None else None,
             attn_implementation=self.attn_implementation,
             trust_remote_code=self.trust_remote_code,
             model_kwargs=self.model_kwargs,
@@ -378,5 +380,7 @@ def _check_precision(trainer: L.Trainer) -> None:
             f"precision {trainer.precision!r} would round the adapters to 16 bits, which loses about half of their "
             "updates. Write bf16-mixed (or 16-mixed on GPUs without bfloat16; 32-true on a CPU): the base stays 4-bit."
         )
-    if trainer.precision in ("bf16-mixed", "16-mixed") and trainer.strategy.root_device.type == "cpu":
-        rank_zero_warn(f"precision {trainer.precision!r} on a CPU can be many times slower than 32-true.")
+    device = trainer.strategy.root_device
+    mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(trainer.precision))
+    if mixed is not None and device.type == "cpu" and compute_dtype(device) is not mixed:
+        rank_zero_warn(f"precision {trainer.precision!r} on this CPU can be many times slower than 32-true.")
