@@ -280,7 +280,7 @@ def untrained_token_ids(model: PreTrainedModel, token_ids: Iterable[int]) -> lis
     Returns:
         Those that look untrained, and those beyond the end of the embedding.
     """
-    weight_VD = model.get_input_embeddings().weight.detach()
+    weight_VD = cast(Tensor, model.get_input_embeddings().weight).detach()
     wanted = sorted(set(token_ids))
     inside = [i for i in wanted if i < weight_VD.shape[0]]
     outside = [i for i in wanted if i >= weight_VD.shape[0]]
@@ -344,8 +344,7 @@ def merge_adapter(model: PeftModel) -> PreTrainedModel:
             "The base is quantised, and merging into quantised weights rounds them a second time. Load it with "
             "quantization=None, attach the adapter with load_adapter, and merge then."
         )
-    merge: Callable[[], PreTrainedModel] = model.merge_and_unload  # type: ignore[assignment]
-    return merge()
+    return cast(PreTrainedModel, model.merge_and_unload())
 
 
 def read_adapter_base(folder: str | Path) -> tuple[str, str | None]:

@@ -4,8 +4,8 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's library is imported; no test may reach for a network
 
-import bitsandbytes.functional  # noqa: E402
-import torch  # noqa: E402
+import bitsandbytes.functional
+import torch
 
 # Tests compare numbers, so they compute in float32 on every machine, as on a CPU without AVX512-BF16.
 bitsandbytes.functional.has_avx512bf16 = lambda: False

@@ -6,8 +6,8 @@ import gzip
 import json
 import os
 import textwrap
-from pathlib import Path
 import tracemalloc
+from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
