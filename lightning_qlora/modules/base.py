@@ -20,6 +20,7 @@ from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 from typing_extensions import override
 
 from lightning_qlora.kernels.attention import use_document_attention
+from lightning_qlora.loop_state import repair_loops
 from lightning_qlora.model import (
     Quantization,
     attach_adapters,
@@ -292,6 +293,7 @@ class CausalLMModule(L.LightningModule):
                 f"{_example(missing)}, {len(extra)} are left over{_example(extra)}. Use the lora options and the base "
                 f"({checkpoint[CHECKPOINT_KEY]['model_name']!r}) that it was trained with."
             )
+        repair_loops(checkpoint)
 
     # Generation
 
