@@ -72,7 +72,8 @@ class Recorder(L.LightningModule):
 def make_data(source: Path, cache: Path, **options: Any) -> SFTDataModule:
     """Make a data module with few rows to a batch."""
     settings: dict[str, Any] = {"max_length": 192, "tokens_per_batch": 384, "batch_size": 4}
-    return SFTDataModule(str(source), tokenizer=tiny_tokenizer(), cache_dir=str(cache), **{**settings, **options})
+    settings["tokenizer"] = tiny_tokenizer()
+    return SFTDataModule(str(source), cache_dir=str(cache), **{**settings, **options})
 
 
 def fit(

@@ -52,10 +52,9 @@ class Document(NamedTuple):
         return cls(np.asarray([token_id], dtype=np.int32), np.empty((0, 2), dtype=np.int32), FILLER_ROW_ID)
 
 
-def spans_of(supervised: Sequence[bool] | npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:
+def spans_of(supervised: Sequence[bool]) -> npt.NDArray[np.int32]:
     """Return the (S, 2) half-open spans of true values: ``[F, T, T, F, T]`` -> ``[[1, 3], [4, 5]]``."""
-    flags = np.zeros(len(supervised) + 2, dtype=np.int8)
-    flags[1:-1] = supervised
+    flags = np.frombuffer(b"\0" + bytes(supervised) + b"\0", dtype=np.int8)
     return np.flatnonzero(np.diff(flags)).astype(np.int32).reshape(-1, 2)
 
 

@@ -349,9 +349,11 @@ class SFTDataModule(L.LightningDataModule):
         return count_batches(self.trainer).total if self.trainer is not None else 0
 
     @override
-    def val_dataloader(self) -> DataLoader[SFTBatch]:
-        """Return the validation batches, in a fixed order."""
+    def val_dataloader(self) -> DataLoader[SFTBatch] | list[Any]:
+        """Return the validation batches, in a fixed order; in ``fit``, none where there is no validation data."""
         if "validation" not in self._stages:
+            if self.trainer is not None and self.trainer.state.fn is TrainerFn.FITTING:
+                return []  # the batch-size finder asks in any case
             raise MisconfigurationException(
                 "There is no validation data. Write --data.validation FILE, or --data.validation_fraction 0.05."
             )

@@ -73,7 +73,7 @@ class SourceReport:
         self.rows_read += 1
         self.rows_kept += 1
         self.num_tokens += len(row.result.input_ids)
-        self.num_supervised_tokens += sum(row.result.supervised)
+        self.num_supervised_tokens += row.result.supervised.count(True)
 
     def merge(self, other: SourceReport) -> None:
         """Add the counts of some more rows of this source."""
