@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning_qlora.tools.generate import generate
+from lightning_qlora.tools.inspect_data import inspect_data
 
-__all__ = ["TOOLS", "generate"]
+__all__ = ["TOOLS", "generate", "inspect_data"]
 
-TOOLS: dict[str, Callable[..., Any]] = {"generate": generate}
+TOOLS: dict[str, Callable[..., Any]] = {"generate": generate, "inspect": inspect_data}
 """Subcommands by name. A parameter called model, datamodule or trainer receives that object of the run."""
