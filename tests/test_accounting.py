@@ -53,7 +53,7 @@ def test_flops_are_those_that_torch_counts(folder, quantization):
     counted = flops([tokens], supervised)
 
     unneeded = 2 * tokens * (64 * (64 + 32 + 32) + 3 * 4 * 64)
-    assert counted - tokens**2 * flops.per_squared_length - unneeded == products
+    assert counted - tokens**2 * flops.per_squared_length - unneeded == pytest.approx(products, rel=1e-4)
     assert flops.per_squared_length == 6 * 2 * 64
 
 
