@@ -8,7 +8,10 @@ from typing import Any
 from lightning_qlora.tools.generate import generate
 from lightning_qlora.tools.inspect_data import inspect_data
 
-__all__ = ["TOOLS", "generate", "inspect_data"]
+__all__ = ["PLANNING_TOOLS", "TOOLS", "generate", "inspect_data"]
 
 TOOLS: dict[str, Callable[..., Any]] = {"generate": generate, "inspect": inspect_data}
 """Subcommands by name. A parameter called model, datamodule or trainer receives that object of the run."""
+
+PLANNING_TOOLS: frozenset[str] = frozenset({"inspect"})
+"""Tools that read the trainer's settings and never run it, so that theirs is made without the run's devices."""

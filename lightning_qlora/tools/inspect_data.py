@@ -29,6 +29,7 @@ def inspect_data(
     html: str | None = None,
     samples: int = 3,
     html_samples: int = 100,
+    show: str | list[str] | None = None,
     what_if: list[int] = WHAT_IF,
     max_rows: int | None = None,
     world_size: int | None = None,
@@ -52,6 +53,7 @@ def inspect_data(
         html: Write a page that needs nothing but itself to this file.
         samples: Rows to show in the terminal and the JSON.
         html_samples: Rows to show on the page.
+        show: Places, FILE:LINE, of rows to show before those: also refused ones, with the reason.
         what_if: Other values of max_length to try, in tokens.
         max_rows: Read only the first so many rows of each source.
         world_size: Data-parallel ranks to count the steps for; by default the trainer's devices times its nodes.
@@ -85,13 +87,21 @@ def inspect_data(
         max_question_leakage=max_question_leakage,
         max_invalid_fraction=getattr(datamodule, "max_invalid_fraction", None),
     )
-    shown = max(samples, html_samples) if html else samples
+    drawn = max(samples, html_samples) if html else samples
     with redirect_stdout(sys.stderr):  # whatever a library has to say is no part of the result
-        found = gather(datamodule, trainer, samples=shown, what_if=what_if, max_rows=max_rows, world_size=world_size)
+        found = gather(
+            datamodule,
+            trainer,
+            samples=drawn,
+            show=[show] if isinstance(show, str) else show or (),
+            what_if=what_if,
+            max_rows=max_rows,
+            world_size=world_size,
+        )
     found = replace(found, verdicts=judge(found, thresholds))
     if html:
-        _write_page(html, replace(found, samples=found.samples[:html_samples]))
-    _print(replace(found, samples=found.samples[:samples]), json, color)
+        _write_page(html, found.with_samples(html_samples))
+    _print(found.with_samples(samples), json, color)
     if found.missed:
         raise ValueError(describe_missed(found))
 

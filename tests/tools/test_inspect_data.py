@@ -242,6 +242,21 @@ def test_the_limit_of_the_configuration_counts_too(data, capsys):
     assert "12 kept, 1 refused" in capsys.readouterr().out
 
 
+def test_rows_are_shown_by_their_place_also_refused_ones(data, tmp_path, capsys):
+    module = data([*ROWS, {"mess": 1}, chat("word " * 99, "x")], max_length=64, max_invalid_fraction=1.0)
+    page = tmp_path / "page.html"
+    places = ["train.jsonl:3", f"{tmp_path}/train.jsonl:13", "train.jsonl:14"]
+    inspect_data(module, show=places, samples=0, html=str(page), html_samples=2)
+    text = capsys.readouterr().out
+    assert "3 rows as the model sees them" in text
+    assert "  + Answer 2.[[<|im_end|>]]" in text
+    assert "train.jsonl:13 (train) refused: unknown-shape: found the keys 'mess'" in text
+    assert "train.jsonl:14 (train) refused: too-long" in text
+    assert page.read_text(encoding="utf-8").count("<article") == 5
+    with pytest.raises(ValueError, match=r"no row at train\.jsonl:99"):
+        inspect_data(module, show="train.jsonl:99")
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -289,12 +304,13 @@ def run(tmp_path, monkeypatch, capsys):
 
 def test_the_subcommand_takes_the_configuration_of_fit_and_no_weights(run):
     assert TOOLS["inspect"] is inspect_data
-    code, out, err = run("--json=true")
+    code, out, err = run("--json=true", "--show=train.jsonl:5")
     assert code == 0, err
     found = json.loads(out)
     assert found["stages"][0]["num_rows"] == 12
     assert found["leakage"][0]["num_exact"] == 12
     assert found["plan"]["epochs"] == 2
+    assert found["samples"][0]["place"] == "train.jsonl:5"
     assert not Path("run").exists()
 
 

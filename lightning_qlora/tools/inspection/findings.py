@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from lightning_qlora.data.report import PreparationReport
@@ -263,6 +263,8 @@ class Sample:
         num_tokens: Its tokens.
         num_supervised_tokens: The supervised ones among them.
         segments: Its text, in order.
+        refused: Why it cannot be used, if it was asked for and cannot.
+        asked: Whether it was asked for by its place.
     """
 
     stage: str
@@ -271,6 +273,8 @@ class Sample:
     num_tokens: int
     num_supervised_tokens: int
     segments: list[Segment]
+    refused: str | None = None
+    asked: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,6 +324,11 @@ class Inspection:
     def missed(self) -> list[Verdict]:
         """The limits that are not kept."""
         return [verdict for verdict in self.verdicts if not verdict.passed]
+
+    def with_samples(self, count: int) -> Inspection:
+        """Return it with the rows asked for, and at most ``count`` others."""
+        asked = [sample for sample in self.samples if sample.asked]
+        return replace(self, samples=[*asked, *[sample for sample in self.samples if not sample.asked][:count]])
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON; with the totals that follow from the counts."""

@@ -36,7 +36,7 @@ from lightning_qlora.tools.inspection.findings import (
     TemplateFindings,
 )
 from lightning_qlora.tools.inspection.run_plan import plan_run
-from lightning_qlora.tools.inspection.samples import choose_rows, show_row
+from lightning_qlora.tools.inspection.samples import choose_rows, show_document, show_places
 from lightning_qlora.tools.inspection.what_if import try_limits
 
 __all__ = ["STREAM_ROWS", "gather"]
@@ -53,6 +53,7 @@ def gather(
     trainer: L.Trainer | None = None,
     *,
     samples: int = 3,
+    show: Sequence[str] = (),
     what_if: Sequence[int] = (),
     max_rows: int | None = None,
     world_size: int | None = None,
@@ -63,13 +64,14 @@ def gather(
         datamodule: The data of the run; left as it is.
         trainer: Whose settings say how long the run is; without one there is no plan.
         samples: Rows to show.
+        show: Places, ``FILE:LINE``, of rows to show before the others, whether they can be used or not.
         what_if: Length limits to try, in tokens.
         max_rows: Read only the first so many rows of each source.
         world_size: Data-parallel ranks; those of the trainer by default.
 
     Raises:
         MisconfigurationException: If the data module is none of this package, or has no data.
-        ValueError: If not even one row can be used.
+        ValueError: If not even one row can be used, or there is none at a place to show.
     """
     if not isinstance(datamodule, SFTDataModule):
         raise MisconfigurationException(
@@ -87,14 +89,16 @@ def gather(
     }
     stages = [_stage(data, name, dataset, contents[name], what_if) for name, dataset in datasets.items()]
     trained = contents.get("train")
+    given = {str(name): sources for name, sources in data.sources.items() if sources is not None}
+    asked = show_places(show, given, _encoder(data)) if show else []
     return Inspection(
-        template=_template(data),
+        template=_template(data, datamodule.tokenizer_name),
         stages=stages,
         leakage=[] if trained is None else [find_leakage(n, c, trained) for n, c in contents.items() if n != "train"],
         plan=plan_run(trainer, stages[0], world_size=world_size, stream=rows is not None)
         if trainer and trained
         else None,
-        samples=_samples(data, next(iter(datasets)), next(iter(contents.values())), samples),
+        samples=[*asked, *_samples(data, stages[0].name, contents[stages[0].name], samples)],
         notes=_notes(datamodule, rows),
     )
 
@@ -138,6 +142,10 @@ def _datasets(data: SFTDataModule) -> dict[str, BatchDataset]:
     return {name: load().dataset for name, load in loaders.items() if name in present}
 
 
+def _encoder(data: SFTDataModule) -> RowEncoder:
+    return RowEncoder(data.chat, data.max_length, data.overlong)
+
+
 def _documents(dataset: BatchDataset) -> PreparedDocuments:
     assert isinstance(dataset.documents, PreparedDocuments)
     return dataset.documents
@@ -153,8 +161,7 @@ def _stage(
     sources = data.sources[name]  # type: ignore[index]
     limits = []
     if report is not None and sources is not None:
-        encoder = RowEncoder(data.chat, data.max_length, data.overlong)
-        limits = try_limits(sources, encoder, documents, report, what_if)
+        limits = try_limits(sources, _encoder(data), documents, report, what_if)
     step, by_length = _by_length(lengths if report else lengths[contents.rows], report)
     return StageFindings(
         name=name,
@@ -220,14 +227,14 @@ def _histogram(shares: Any) -> list[int]:
     return [int(count) for count in np.histogram(shares, bins=SHARE_BINS, range=(0, 1))[0]]
 
 
-def _template(data: SFTDataModule) -> TemplateFindings:
+def _template(data: SFTDataModule, name: str) -> TemplateFindings:
     tokenizer, chat = data.tokenizer, data.chat
 
     def named(ids: Sequence[int]) -> list[NamedToken]:
         return [NamedToken(token_id, str(tokenizer.convert_ids_to_tokens(token_id))) for token_id in ids]
 
     return TemplateFindings(
-        tokenizer=data.tokenizer_name,
+        tokenizer=name,
         fingerprint=chat.fingerprint,
         supervise=data.supervise,
         bos_token=None if tokenizer.bos_token_id is None else named([tokenizer.bos_token_id])[0],
@@ -242,7 +249,7 @@ def _samples(data: SFTDataModule, stage: str, contents: Contents, count: int) ->
     names = [str(source) for source in as_sources(sources)]
     documents = contents.documents
     rows = choose_rows(documents.parts.astype(np.int64), contents.rows, count, seed=data.seed)
-    return [show_row(documents, row, data.tokenizer, names, stage) for row in rows.tolist()]
+    return [show_document(documents, row, data.tokenizer, names, stage) for row in rows.tolist()]
 
 
 def _notes(datamodule: SFTDataModule, max_rows: int | None) -> list[str]:

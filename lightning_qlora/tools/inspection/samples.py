@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lightning_qlora.data.collators import expand_spans
 from lightning_qlora.data.packing import IntArray
+from lightning_qlora.data.preparation import RowEncoder
 from lightning_qlora.data.prepared import PreparedDocuments
+from lightning_qlora.data.sources import Sources, as_sources, read_rows
+from lightning_qlora.data.truncation import fit_rows
+from lightning_qlora.schema import Origin, PreferenceRow, Row, RowRefused, TokenizedRow
 from lightning_qlora.tools.inspection.findings import Sample, Segment
 
-__all__ = ["choose_rows", "show_row", "split_segments", "visible"]
+__all__ = ["choose_rows", "show_document", "show_places", "split_segments", "visible"]
 
 _JOINERS = "\u200c\u200d"  # parts of words and emoji; they draw nothing by themselves
 _HIDDEN = ("Cc", "Cf", "Co", "Cs", "Zl", "Zp")
@@ -38,7 +43,7 @@ def choose_rows(parts: IntArray, rows: IntArray, count: int, *, seed: int) -> In
     return drawn
 
 
-def show_row(
+def show_document(
     documents: PreparedDocuments, row: int, tokenizer: PreTrainedTokenizerBase, sources: Sequence[str], stage: str
 ) -> Sample:
     """Decode a prepared row.
@@ -53,14 +58,52 @@ def show_row(
     document = documents[row]
     supervised = np.zeros(len(document.input_ids), dtype=bool)
     supervised[expand_spans(document.supervised)] = True
-    return Sample(
-        stage,
-        str(documents.origin(row)),
-        sources[int(documents.parts[row])],
-        len(supervised),
-        int(supervised.sum()),
-        split_segments(tokenizer, document.input_ids.tolist(), supervised.tolist()),
-    )
+    encoded = TokenizedRow(document.input_ids.tolist(), supervised.tolist(), documents.origin(row))
+    return _show(encoded, tokenizer, sources[int(documents.parts[row])], stage)
+
+
+def show_places(places: Sequence[str], stages: Mapping[str, Sources], encoder: RowEncoder) -> list[Sample]:
+    """Read the rows at given places anew, and show each, or why it cannot be used.
+
+    Args:
+        places: ``FILE:LINE``, as messages name them; a file's name without its folder will do.
+        stages: What each stage reads.
+        encoder: How rows are prepared.
+
+    Raises:
+        ValueError: If there is no row at a place.
+    """
+    samples = [
+        sample
+        for stage, sources in stages.items()
+        for source in as_sources(sources)
+        for row in read_rows(source)
+        if any(_is_at(place, row.origin) for place in places)
+        for sample in [_show_anew(row, encoder, str(source), stage)]
+    ]
+    missing = [place for place in places if not any(_is_at(place, sample.place) for sample in samples)]
+    if missing:
+        raise ValueError(f"There is no row at {', '.join(missing)}. Write FILE:LINE as the messages do.")
+    return samples
+
+
+def _is_at(place: str, origin: Origin | str) -> bool:
+    return str(origin) == place or str(origin).endswith("/" + place)
+
+
+def _show_anew(row: Row | PreferenceRow | RowRefused, encoder: RowEncoder, source: str, stage: str) -> Sample:
+    assert not isinstance(row, PreferenceRow)  # the default task reads none
+    if not isinstance(row, RowRefused):
+        result = fit_rows(encoder.chat, [row], encoder.max_length, encoder.overlong)[0].result
+        if isinstance(result, TokenizedRow):
+            return replace(_show(result, encoder.chat.tokenizer, source, stage), asked=True)
+        row = result
+    return Sample(stage, str(row.origin), source, 0, 0, [], f"{row.reason}: {row.detail}", asked=True)
+
+
+def _show(row: TokenizedRow, tokenizer: PreTrainedTokenizerBase, source: str, stage: str) -> Sample:
+    segments = split_segments(tokenizer, row.input_ids, row.supervised)
+    return Sample(stage, str(row.origin), source, len(row.input_ids), sum(row.supervised), segments)
 
 
 def split_segments(

@@ -132,9 +132,12 @@ class _Text:
         yield from self._repeats(leakage.same_question, "has the question of")
 
     def _sample(self, sample: Sample) -> Iterable[str]:
-        counts = f"{sample.num_tokens:,} tokens, {sample.num_supervised_tokens:,} supervised"
         yield ""
-        yield f"  {self.paint(visible(sample.place), _HEADING)} ({sample.stage}, {counts})"
+        place = f"  {self.paint(visible(sample.place), _HEADING)} ({sample.stage}"
+        if sample.refused is not None:
+            yield f"{place}) {self.paint('refused', _BAD)}: {visible(sample.refused)}"
+            return
+        yield f"{place}, {sample.num_tokens:,} tokens, {sample.num_supervised_tokens:,} supervised)"
         line, supervised = "", sample.segments[0].supervised
         for segment in sample.segments:
             if segment.supervised != supervised and line:
