@@ -1,0 +1,217 @@
+"""AdapterCheckpoint and RunGuard on two processes: they agree, or both raise; neither waits for ever."""
+
+import json
+import math
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from tiny_models import save_tiny_model
+from tiny_run import TinyData, assert_equal, tiny_module, tiny_trainer
+
+from lightning_qlora.callbacks import AdapterCheckpoint, RunGuard
+from lightning_qlora.modules.sft import SFTModule
+from lightning_qlora.publishing import LocalStore
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the forked processes; nothing here depends on warnings
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("base"), num_hidden_layers=1)
+
+
+class Report(L.Callback):
+    """Writes down what each rank saw and how it ended."""
+
+    def __init__(self, folder):
+        self.folder, self.rows = folder, []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, index):
+        self.rows.append(list(batch["row_ids"]))
+
+    def on_train_end(self, trainer, module):
+        self.write(trainer, None)
+
+    def on_exception(self, trainer, module, exception):
+        self.write(trainer, exception)
+
+    def write(self, trainer, exception):
+        torch.save(dict(trainer.lightning_module.state_dict()), self.folder / f"{trainer.global_rank}.pt")
+        end = {"rows": self.rows, "step": trainer.global_step, "exception": repr(exception)}
+        (self.folder / f"{trainer.global_rank}.json").write_text(json.dumps(end))
+
+
+def fit_on_rank(rank, port, trainer, module, ckpt_path, seed):
+    """What torchrun would have a process do."""
+    os.environ.update(
+        {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
+        | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
+    )
+    os.setpgid(0, 0)  # signals to the test are not for it
+    L.seed_everything(seed)
+    trainer().fit(module(), datamodule=TinyData(batches=12), ckpt_path=ckpt_path)
+
+
+def two_ranks(base, root, *callbacks, name, module=None, ckpt_path=None, seed=0, checkpoint=None, **options):
+    """Fit in two forked processes; return what each reported, and its exit code."""
+    (root / name).mkdir(parents=True)
+    options = {"devices": 2, "strategy": "ddp", "accumulate_grad_batches": 2, "max_epochs": 1, **options}
+
+    def trainer():
+        publish = checkpoint or AdapterCheckpoint(root / "checkpoints", every_n_train_steps=1)
+        return tiny_trainer(root, *callbacks, RunGuard(), publish, Report(root / name), **options)
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    build = module or (lambda: tiny_module(base))
+    arguments = [(rank, port, trainer, build, ckpt_path, seed) for rank in (0, 1)]
+    processes = [multiprocessing.get_context("fork").Process(target=fit_on_rank, args=args) for args in arguments]
+    for process in processes:
+        process.start()
+    deadline = time.monotonic() + 60
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+    hanging = [process for process in processes if process.is_alive()]
+    for process in hanging:
+        process.kill()
+    assert not hanging, "a rank waits for ever"
+    ends = [json.loads((root / name / f"{rank}.json").read_text()) for rank in (0, 1)]
+    return [{**end, "code": process.exitcode} for end, process in zip(ends, processes, strict=True)]
+
+
+class Tell(L.Callback):
+    """Sends some ranks a signal after a number of micro-batches."""
+
+    def __init__(self, ranks, at, times=1):
+        self.ranks, self.at, self.times = ranks, at, times
+
+    def on_after_backward(self, trainer, module):
+        if self.at == 0 and trainer.global_rank in self.ranks:
+            for _ in range(self.times):
+                os.kill(os.getpid(), signal.SIGTERM)
+        self.at -= 1
+
+
+def check_interruption(base, root, tell, calm, **options):
+    first = two_ranks(base, root, tell, name="first", **options)
+    assert [end["code"] for end in first] == [143, 143]
+    assert first[0]["step"] == first[1]["step"]
+    second = two_ranks(base, root, name="second", ckpt_path="last", seed=9, **options)
+    for rank in (0, 1):
+        assert first[rank]["rows"] + second[rank]["rows"] == calm[rank]["rows"]
+
+
+def test_a_signal_to_one_rank_stops_both_at_the_same_step(base, tmp_path):
+    calm = two_ranks(base, tmp_path / "calm", name="calm")
+    assert [end["code"] for end in calm] == [0, 0]
+    check_interruption(base, tmp_path / "stopped", Tell([1], at=2), calm)
+    for rank in (0, 1):
+        assert_equal(*(torch.load(tmp_path / name / f"{rank}.pt") for name in ("calm/calm", "stopped/second")))
+
+
+class FailingStore(AdapterCheckpoint):
+    """Cannot write its second checkpoint."""
+
+    def _finish(self, trainer, *args):
+        if trainer.global_step == 2:
+            raise OSError(28, "No space left on device")
+        return super()._finish(trainer, *args)
+
+
+def test_a_failed_save_raises_on_both(base, tmp_path):
+    checkpoint = FailingStore(tmp_path / "checkpoints", every_n_train_steps=1)
+    ends = two_ranks(base, tmp_path, name="run", checkpoint=checkpoint)
+    assert ends[0]["exception"] == "OSError(28, 'No space left on device')"
+    assert ends[1]["exception"] == "RankZeroError('OSError: [Errno 28] No space left on device')"
+    assert [p.metadata["step"] for p in LocalStore(tmp_path / "checkpoints").published()] == [1]
+
+
+class NaNOnRankOne(SFTModule):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss * math.nan if self.global_rank == 1 and batch_idx == 3 else loss
+
+
+@pytest.mark.soak
+def test_a_nonfinite_loss_on_one_rank_stops_both(base, tmp_path):
+    def module():
+        built = tiny_module(base)
+        built.__class__ = NaNOnRankOne
+        return built
+
+    ends = two_ranks(base, tmp_path, name="run", module=module)
+    for end in ends:
+        assert "NonFiniteError" in end["exception"]
+        assert "rank 1: micro-batch losses" in end["exception"]
+        assert f"train.jsonl:{ends[1]['rows'][2][0] + 1}" not in end["exception"]
+    assert [p.metadata["step"] for p in LocalStore(tmp_path / "checkpoints").published()] == [1]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("ranks", [[0], [1], [0, 1]], ids=str)
+@pytest.mark.parametrize("times", [1, 3])
+@pytest.mark.parametrize("at", range(4))
+def test_a_signal_to_any_ranks_at_any_time(base, tmp_path, ranks, times, at):
+    options = {"val_check_interval": 3}
+    calm = two_ranks(base, tmp_path / "calm", name="calm", **options)
+    check_interruption(base, tmp_path / "stopped", Tell(ranks, at, times), calm, **options)
+    for rank in (0, 1):
+        assert_equal(*(torch.load(tmp_path / name / f"{rank}.pt") for name in ("calm/calm", "stopped/second")))
+
+
+@pytest.mark.soak
+def test_another_number_of_ranks_is_told(base, tmp_path):
+    two_ranks(base, tmp_path, name="first", limit_train_batches=2)
+    trainer = tiny_trainer(tmp_path, AdapterCheckpoint(tmp_path / "checkpoints"), max_epochs=2)
+    with pytest.warns(UserWarning, match="random states of 2 ranks and this run has 1"):
+        trainer.fit(tiny_module(base), datamodule=TinyData(batches=12), ckpt_path="last")
+
+
+TORCHRUN = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+import lightning as L
+from tiny_run import TinyData, tiny_module, tiny_trainer
+from lightning_qlora.callbacks import AdapterCheckpoint, RunGuard
+
+class Die(L.Callback):
+    def on_train_batch_end(self, trainer, module, *args):
+        attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+        if trainer.global_rank == attempt and trainer.global_step == 2 * attempt + 2 and attempt < 2:
+            os.kill(os.getpid(), signal.SIGKILL if attempt else signal.SIGTERM)
+
+root = Path({root!r})
+L.seed_everything(int(os.environ["TORCHELASTIC_RESTART_COUNT"]))
+checkpoint = AdapterCheckpoint(root / "checkpoints", every_n_train_steps=1)
+trainer = tiny_trainer(root, Die(), RunGuard(), checkpoint, devices=2, strategy="ddp", max_epochs=1)
+trainer.fit(tiny_module({base!r}), datamodule=TinyData(batches=12), ckpt_path="last")
+if trainer.is_global_zero:
+    (root / "attempts").write_text(os.environ["TORCHELASTIC_RESTART_COUNT"])
+"""
+
+
+@pytest.mark.soak
+def test_torchrun_starts_again_from_the_newest(base, tmp_path):
+    (tmp_path / "run.py").write_text(
+        TORCHRUN.format(tests=str(Path(__file__).parents[1]), root=str(tmp_path), base=base), encoding="utf-8"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=3"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [*command, "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(tmp_path / "run.py")],
+        env=environment, capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "attempts").read_text() == "2"
+    assert LocalStore(tmp_path / "checkpoints").newest_valid().metadata["step"] == 6
