@@ -163,9 +163,10 @@ def errors_of(name: str, kind: Kind, row: Conversation, encoded: TokenizedRow) -
         for word in words_of(message):
             if message.role != "assistant" and word in everything:
                 errors.append(f"{word} of the {message.role} is supervised")
-    for word in words_of(row.messages[-1]):
-        if word in text and word not in everything:
-            errors.append(f"{word} of the last answer is not supervised")
+    for index, message in enumerate(row.messages):
+        missing = [word for word in words_of(message) if message.role == "assistant" and word not in everything]
+        if missing and (index == len(row.messages) - 1 or not _is_rewritten(name, row, index, parts, text)):
+            errors.append(f"{missing} of the assistant are not supervised")
     ends = end_tokens(name)
     for (start, _), stretch in zip(stretches, learned, strict=True):
         stop = next((end for end in ends if stretch.rstrip().endswith(end)), None)
@@ -177,6 +178,22 @@ def errors_of(name: str, kind: Kind, row: Conversation, encoded: TokenizedRow) -
     if len(stretches) > sum(message.role == "assistant" for message in row.messages):
         errors.append("more stretches than answers")
     return errors
+
+
+def _is_rewritten(name: str, row: Conversation, index: int, parts: bool, text: str) -> bool:
+    """Whether the template writes an earlier answer in another way than generation would have come to it."""
+    tokenizer = template_tokenizer(name)
+    if not all(word in text for word in words_of(row.messages[index])):
+        return True  # it drops the reasoning
+
+    def render(messages: tuple[Message, ...], prompt: bool) -> str:
+        tools = list(row.tools) or None
+        dicts = as_dicts(messages, parts)
+        return tokenizer.apply_chat_template(dicts, tools=tools, tokenize=False, add_generation_prompt=prompt)
+
+    answered = render(row.messages[: index + 1], False)
+    prompt = render(row.messages[:index], True)
+    return not (answered.startswith(prompt) and text.startswith(answered.rstrip()))
 
 
 def _prompt_errors(
