@@ -8,7 +8,8 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.plugins.precision import BitsandbytesPrecision
+from lightning.pytorch.plugins.precision import BitsandbytesPrecision, MixedPrecision, Precision
+from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -249,6 +250,30 @@ class CausalLMModule(L.LightningModule):
                 torch._foreach_mul_(gradients, scale)
         self.log("train_loss", loss_sum / num_tokens, prog_bar=True)
 
+    @override
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip gradients also with a fused optimizer.
+
+        Lightning refuses that under any mixed precision, because a fused optimizer may undo a loss scale by itself,
+        after the clipping. bf16-mixed has no loss scale.
+        """
+        precision = self.trainer.precision_plugin
+        if isinstance(precision, MixedPrecision) and precision.scaler is None:
+            algorithm = GradClipAlgorithmType(gradient_clip_algorithm or GradClipAlgorithmType.NORM)
+            Precision.clip_gradients(precision, optimizer, gradient_clip_val or 0.0, algorithm)
+            return
+        if gradient_clip_val and isinstance(precision, MixedPrecision) and is_fused(optimizer):
+            raise MisconfigurationException(
+                "16-mixed precision, gradient_clip_val and a fused optimizer do not go together. Write "
+                "--model.optimizer.fused=false, or --trainer.precision=bf16-mixed where the GPU has bfloat16."
+            )
+        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
     # Checkpoints: adapters only
 
     @override
@@ -350,6 +375,11 @@ class CausalLMModule(L.LightningModule):
             )
         texts = data.tokenizer.batch_decode(answers, skip_special_tokens=True)
         return [{**row, "answer": text} for row, text in zip(batch["rows"], texts, strict=True)]
+
+
+def is_fused(optimizer: Optimizer) -> bool:
+    """Whether an optimizer undoes a loss scale by itself, as fused ones do."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
 def _until_stop(tokens: list[int], stop: list[int]) -> list[int]:

@@ -112,6 +112,25 @@ def test_precisions_that_round_the_adapters_are_refused(base, tmp_path, precisio
         trainer(tmp_path, precision=precision).fit(build(base), loader())
 
 
+@pytest.mark.filterwarnings("ignore:precision 'bf16-mixed' on this CPU")
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_the_fused_default_optimizer_clips_under_every_precision(base, tmp_path, precision, algorithm):
+    norms = []
+
+    class Watch(L.Callback):
+        def on_before_zero_grad(self, trainer, pl_module, optimizer):
+            gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+            if gradients:
+                flat = torch.cat([g.flatten() for g in gradients])
+                norms.append(float(flat.norm() if algorithm == "norm" else flat.abs().max()))
+
+    options = {"gradient_clip_val": 1e-3, "gradient_clip_algorithm": algorithm, "callbacks": [Watch()]}
+    trainer(tmp_path, precision=precision, **options).fit(build(base), loader())
+    assert norms
+    assert max(norms) <= 1.01e-3
+
+
 def test_lightnings_own_quantisation_is_refused(base, tmp_path):
     run = trainer(tmp_path)
     # On a CPU Lightning itself would refuse the plugin when the trainer is built.
