@@ -13,7 +13,7 @@ from typing import get_args
 from lightning_qlora.evaluation.questions import Question
 from lightning_qlora.evaluation.scores import AnswerSheet, AnswerSummary, Verdict
 
-__all__ = ["pick_rows", "score_rows", "score_table", "side_by_side", "verdict_line"]
+__all__ = ["pick_rows", "printable", "score_rows", "score_table", "side_by_side", "verdict_line"]
 
 _STYLES: dict[Verdict, str] = {
     "fixed": "green",
@@ -109,10 +109,15 @@ def verdict_line(verdicts: Sequence[Verdict]) -> str:
 
 
 def pick_rows(verdicts: Sequence[Verdict], limit: int) -> list[int]:
-    """Choose which questions to show: every kind of verdict in turn, in the order of the questions."""
+    """Choose which questions to show: every kind of verdict in turn, each kind spread evenly over the questions."""
     groups = [[i for i, v in enumerate(verdicts) if v == kind] for kind in get_args(Verdict)]
-    picked = [group[rank] for rank in range(len(verdicts)) for group in groups if rank < len(group)]
-    return sorted(picked[:limit])
+    shares = [0] * len(groups)
+    for _ in range(min(limit, len(verdicts))):
+        open_groups = [g for g, group in enumerate(groups) if shares[g] < len(group)]
+        shares[min(open_groups, key=lambda g: shares[g])] += 1
+    return sorted(
+        group[n * len(group) // share] for group, share in zip(groups, shares, strict=True) for n in range(share)
+    )
 
 
 def _render(table: object, color: bool) -> str:
@@ -124,8 +129,13 @@ def _render(table: object, color: bool) -> str:
     return buffer.getvalue().rstrip("\n")
 
 
+def printable(text: str) -> str:
+    """Replace the control characters of a text, which could move the cursor or rewrite what the terminal shows."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
 def _shorten(text: str, limit: int) -> str:
-    text = " ".join(text.split())
+    text = printable(" ".join(text.split()))
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 

@@ -32,6 +32,7 @@ from lightning_qlora.evaluation import (
     generate_answers,
     read_questions,
 )
+from lightning_qlora.evaluation.tables import printable
 from lightning_qlora.identity import check_adapter
 from lightning_qlora.model import Quantization, compute_dtype, load_adapter, load_base_model, read_adapter_base
 from lightning_qlora.pretrained import load_tokenizer
@@ -235,7 +236,7 @@ class _Recorder(TextStreamer):
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         self.text += text
-        super().on_finalized_text(text, stream_end=stream_end)
+        super().on_finalized_text(printable(text), stream_end=stream_end)
 
 
 def _check_options(

@@ -200,9 +200,13 @@ def test_draws_tables(monkeypatch, with_rich):
     assert tables.verdict_line(verdicts) == "1 fixed, 1 as wrong as before, 0 right before and wrong now"
 
 
+def test_an_answer_cannot_steer_the_terminal():
+    assert tables.printable("a\x1b[2Jb\r\nc\td é") == "a\ufffd[2Jb\ufffd\nc\td é"
+
+
 def test_shows_every_kind_of_verdict_first():
     verdicts = ["fixed"] * 8 + ["broken", "wrong"]
 
-    assert tables.pick_rows(verdicts, 4) == [0, 1, 8, 9]
+    assert tables.pick_rows(verdicts, 4) == [0, 4, 8, 9]
     assert tables.pick_rows(verdicts, 99) == list(range(10))
     assert tables.pick_rows(verdicts, 0) == []
