@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 
 FOLDER = Path(__file__).parents[2] / "examples" / "support_tickets"
-CATEGORIES = ("delivery", "fault", "return", "billing", "account", "question")
+CATEGORIES = ("delivery", "fault", "return", "billing", "account")
 FIELDS = ("category", "order", "product", "urgent")
 
 MAX_SIMILARITY = 0.5
@@ -64,7 +64,7 @@ def _similarity(one: Ticket, other: Ticket) -> float:
 
 def test_sizes_are_those_of_the_readme() -> None:
     """The README counts the rows; at least 300, 60 and 60 are what the quickstart needs."""
-    assert (len(TRAIN), len(VALIDATION), len(QUESTIONS)) == (540, 60, 60)
+    assert (len(TRAIN), len(VALIDATION), len(QUESTIONS)) == (500, 60, 60)
     readme = (FOLDER / "README.md").read_text(encoding="utf-8")
     for name, tickets in (("train", TRAIN), ("validation", VALIDATION), ("questions", QUESTIONS)):
         assert f"`{name}.jsonl` | {len(tickets)}" in readme
@@ -136,7 +136,7 @@ def test_labels_are_balanced() -> None:
         assert set(categories.values()) == {len(tickets) // len(CATEGORIES)}
         for category in CATEGORIES:
             urgent = [ticket.fields["urgent"] for ticket in tickets if ticket.fields["category"] == category]
-            assert 0.08 <= sum(urgent) / len(urgent) <= 0.35
+            assert 0.15 <= sum(urgent) / len(urgent) <= 0.5
         for position in (0, 1):
             present = sum(ticket.values[position] is not None for ticket in tickets) / len(tickets)
             assert 0.5 <= present <= 0.85
@@ -188,5 +188,5 @@ def test_the_language_is_varied() -> None:
     worst = max(((_similarity(one, other), one.text, other.text) for one, other in combinations(TRAIN, 2)))
     assert worst[0] < 0.6, worst
     lengths = sorted(len(ticket.text.split()) for ticket in TRAIN)
-    assert lengths[len(lengths) // 20] <= 8
+    assert lengths[len(lengths) // 20] <= 10
     assert lengths[-len(lengths) // 20] >= 18
