@@ -102,7 +102,8 @@ def load_tokenizer(
         ValueError: If the tokenizer cannot be found, or is not backed by the fast ``tokenizers`` library, whose
             character offsets the exact masks rest on.
     """
-    source = resolve_pretrained(name)
+    # An adapter folder carries a tokenizer but no model, so it is not for resolve_pretrained to judge.
+    source = name if (Path(name) / "tokenizer.json").is_file() else resolve_pretrained(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
