@@ -224,7 +224,7 @@ def test_page_and_text_may_show_different_numbers_of_rows(data, tmp_path, capsys
     page = tmp_path / "new" / "page.html"
     inspect_data(data(ROWS), html=str(page), samples=1, html_samples=5)
     assert page.read_text(encoding="utf-8").count("<article") == 5
-    assert "1 rows as the model sees them" in capsys.readouterr().out
+    assert "1 row as the model sees them" in capsys.readouterr().out
 
 
 def test_a_missed_limit_fails_after_everything_is_shown(data, tmp_path, capsys):

@@ -26,6 +26,7 @@ __all__ = [
     "describe_stage",
     "describe_template",
     "length_histogram",
+    "number",
     "share",
     "share_histogram",
     "source_rows",
@@ -181,23 +182,25 @@ def describe_plan(plan: RunPlan) -> Rows:
     """Return the steps and tokens of the run."""
     ranks = f" x {plan.world_size} ranks" if plan.world_size > 1 else ""
     step = (
-        f"{_number(plan.accumulate_grad_batches, 'batch', 'batches')}{ranks}, about {plan.tokens_per_step:,.0f} tokens"
+        f"{number(plan.accumulate_grad_batches, 'batch', 'batches')}{ranks}, about {plan.tokens_per_step:,.0f} tokens"
     )
     rows = [("Optimizer step", f"{step}, {plan.supervised_tokens_per_step:,.0f} supervised")]
     if plan.steps_per_epoch is None or plan.batches_per_epoch is None:
         rows.append(("Epoch", "of unknown length"))
     else:
         per_rank = " on each rank" if plan.world_size > 1 else ""
-        batches = _number(plan.batches_per_epoch, "batch", "batches")
-        rows.append(("Epoch", f"{_number(plan.steps_per_epoch, 'step', 'steps')}, {batches}{per_rank}"))
+        batches = number(plan.batches_per_epoch, "batch", "batches")
+        rows.append(("Epoch", f"{number(plan.steps_per_epoch, 'step', 'steps')}, {batches}{per_rank}"))
     if plan.total_steps is None:
         rows.append(("Run", "until stopped: neither max_epochs nor max_steps ends it"))
         return rows
-    epochs = "" if plan.epochs is None else f" ({plan.epochs:.3g} epochs)"
+    passes = "" if plan.epochs is None else f"{plan.epochs:,.2f}".rstrip("0").rstrip(".")
+    epochs = passes and f" ({passes} {'epoch' if passes == '1' else 'epochs'})"
     tokens = f"about {plan.total_tokens:,} tokens, {plan.total_supervised_tokens:,} supervised"
-    rows.append(("Run", f"{_number(plan.total_steps, 'step', 'steps')}{epochs}, {tokens}; {plan.limited_by} ends it"))
+    rows.append(("Run", f"{number(plan.total_steps, 'step', 'steps')}{epochs}, {tokens}; {plan.limited_by} ends it"))
     return rows
 
 
-def _number(count: int, one: str, many: str) -> str:
+def number(count: int, one: str, many: str) -> str:
+    """Return a count with its noun."""
     return f"{count:,} {one if count == 1 else many}"

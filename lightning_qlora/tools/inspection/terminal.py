@@ -14,6 +14,7 @@ from lightning_qlora.tools.inspection.figures import (
     describe_stage,
     describe_template,
     length_histogram,
+    number,
     share_histogram,
 )
 from lightning_qlora.tools.inspection.findings import Inspection, Leakage, LengthWhatIf, Repeat, Sample, StageFindings
@@ -24,7 +25,7 @@ __all__ = ["Color", "print_inspection", "use_color", "write"]
 Color = Literal["auto", "always", "never"]
 
 _BARS = 40
-_LENGTH_BINS = 16
+_LENGTH_BINS = 24
 _TITLE_WIDTH = 15
 _SUPERVISED, _CONTROL, _CONTROL_SUPERVISED, _HEADING, _BAD = "32", "36", "1;32", "1", "1;31"
 
@@ -74,7 +75,7 @@ class _Text:
         if inspection.plan is not None:
             yield from self._section("Plan of the run", describe_plan(inspection.plan))
         if inspection.samples:
-            yield from self._heading(f"{len(inspection.samples)} rows as the model sees them")
+            yield from self._heading(f"{number(len(inspection.samples), 'row', 'rows')} as the model sees them")
             yield f"  {_LEGEND}"
         for sample in inspection.samples:
             yield from self._sample(sample)
@@ -88,7 +89,9 @@ class _Text:
 
     def _stage(self, stage: StageFindings) -> Iterable[str]:
         yield from self._section(stage.name.capitalize(), describe_stage(stage))
-        yield from self._repeats(stage.duplicates, "equals")
+        if stage.duplicates:
+            yield from self._heading(f"{stage.name.capitalize()}: the first duplicates")
+            yield from self._repeats(stage.duplicates, "equals")
         if stage.report is not None:
             yield from self._heading(f"{stage.name.capitalize()}: sources and refused rows")
             yield from (f"  {visible(line)}" for line in stage.report.table().split("\n"))
@@ -124,7 +127,7 @@ class _Text:
             yield f"  {label:>{width}} {count:>9,} {bar}{mark}"
 
     def _repeats(self, repeats: list[Repeat], word: str) -> list[str]:
-        return [f"  {'':{_TITLE_WIDTH}} {visible(r.place)} {word} {visible(r.of)}" for r in repeats]
+        return [f"  {visible(r.place)} {word} {visible(r.of)}" for r in repeats]
 
     def _leakage(self, leakage: Leakage) -> Iterable[str]:
         yield from self._section("Leakage", [(leakage.stage.capitalize(), describe_leakage(leakage))])
@@ -145,8 +148,8 @@ class _Text:
                 line = ""
             supervised = segment.supervised
             pieces = [f"[[{segment.text}]]"] if segment.control else segment.text.split("\n")
-            for number, piece in enumerate(pieces):
-                if number:
+            for index, piece in enumerate(pieces):
+                if index:
                     yield self._margin(line, supervised)
                     line = ""
                 line += self._piece(piece, supervised, segment.control)

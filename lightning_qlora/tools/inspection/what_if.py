@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from tqdm import tqdm  # type: ignore[import-untyped]
+
 from lightning_qlora.data.preparation import CHUNK_ROWS, RowEncoder
 from lightning_qlora.data.prepared import PreparedDocuments
 from lightning_qlora.data.report import PreparationReport
@@ -75,7 +77,7 @@ def _rows_above(
     lengths = documents.lengths
     upcoming = 0
     for source in as_sources(sources):
-        for row in read_rows(source):
+        for row in tqdm(read_rows(source), desc="Trying other limits", unit=" rows", disable=None):
             if isinstance(row, RowRefused):
                 continue
             assert not isinstance(row, PreferenceRow)  # the default task reads none
