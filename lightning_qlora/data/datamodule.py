@@ -12,7 +12,7 @@ import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch.utils.data import DataLoader, SequentialSampler
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
@@ -152,7 +152,7 @@ class SFTDataModule(L.LightningDataModule):
         self._check_options()
         self._stages = PreparedStages(
             self.sources,
-            lambda: self._encoder,
+            self._get_encoder,
             self.cache_dir,
             num_proc or 1,
             max_invalid_fraction,
@@ -222,6 +222,9 @@ class SFTDataModule(L.LightningDataModule):
             content_tokens=self.content_tokens,
         )
         return RowEncoder(chat, self.max_length, self.overlong)
+
+    def _get_encoder(self) -> RowEncoder:  # a method, because ddp_spawn pickles the data module
+        return self._encoder
 
     @property
     def chat(self) -> ChatTemplate:
@@ -320,9 +323,7 @@ class SFTDataModule(L.LightningDataModule):
             "efficiency": plan.efficiency,
             "tokens_per_batch": plan.capacity / len(plan),
         }
-        sampler: Any = self._sampler(len(plan), shuffle=True)
-        if getattr(self.trainer, "overfit_batches", 0):
-            sampler = SequentialSampler(dataset)  # what Lightning would replace it with, after a warning
+        sampler = self._sampler(dataset, shuffle=True)
         return ResumableLoader(dataset, first_batch=self._first_batch, sampler=sampler, **self._loader_options())
 
     def _stream(self) -> StreamingLoader:
@@ -413,12 +414,14 @@ class SFTDataModule(L.LightningDataModule):
         ranks = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
         return ranks or {"num_replicas": 1, "rank": 0}
 
-    def _sampler(self, num_batches: int, *, shuffle: bool) -> EpochSampler:
-        return EpochSampler(num_batches, shuffle=shuffle, seed=self.seed, **self._ranks)
+    def _sampler(self, dataset: BatchDataset, *, shuffle: bool) -> Sampler[int]:
+        if getattr(self.trainer, "overfit_batches", 0):
+            return SequentialSampler(dataset)  # what Lightning would replace it with, after a warning
+        return EpochSampler(len(dataset), shuffle=shuffle, seed=self.seed, **self._ranks)
 
     def _evaluation_loader(self, name: Stage) -> DataLoader[SFTBatch]:
         dataset = self._dataset(name)
-        return DataLoader(dataset, sampler=self._sampler(len(dataset), shuffle=False), **self._loader_options())
+        return DataLoader(dataset, sampler=self._sampler(dataset, shuffle=False), **self._loader_options())
 
     def _loader_options(self) -> dict[str, Any]:
         return {

@@ -3,6 +3,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import json
+import pickle
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -206,18 +207,10 @@ def test_fast_dev_run_and_limits(folder):
 @pytest.mark.parametrize("validation", [None, "validation.jsonl"])
 def test_overfitting_repeats_the_same_batches(folder, validation):
     source = validation and str(folder / validation)
-    # Lightning turns the order of the validation batches off as well, and says so; it was off already.
-    with pytest.warns(UserWarning, match="turning off the val") if validation else _nothing():
-        seen = fit(data(folder, validation=source), max_epochs=3, overfit_batches=2).seen
+    seen = fit(data(folder, validation=source), max_epochs=3, overfit_batches=2).seen
     epochs = [[rows for epoch, _, rows in seen if epoch == number] for number in range(3)]
     assert epochs[0] == epochs[1] == epochs[2]
     assert len(epochs[0]) == 2
-
-
-def _nothing():
-    import contextlib
-
-    return contextlib.nullcontext()
 
 
 @EMPTY_VALIDATION
@@ -264,6 +257,13 @@ def test_ranks_see_each_row_once(folder, packing, stage):
         assert len(loader) == -(-len(loader.dataset) // 2)
     seen = [row for row in itertools.chain(*rows) if row >= 0]
     assert sorted(seen) == list(range(30 if stage == "train" else 7))
+
+
+def test_it_travels_to_spawned_processes(folder):
+    module = data(folder)
+    module.setup("fit")
+    copy = pickle.loads(pickle.dumps(module))
+    assert all_rows(copy.train_dataloader()) == all_rows(module.train_dataloader())
 
 
 # Options
