@@ -240,28 +240,23 @@ class ChatTemplate:
         if len(ids) > 1 and ids[0] == ids[1] == self.tokenizer.bos_token_id:
             raise RowRefused("double-bos", "The text begins with two beginning-of-sequence tokens.", row.origin)
         supervised = [False] * len(ids)
-        required = dict(self._asked(row.messages))
         for turn in plan.turns:
             first = self._first_token(row, plan, turn, written)
-            if isinstance(first, RowRefused):
-                if required[turn.message]:
-                    raise first
-                continue
             stop = written.places[turn.stop]
+            if first >= stop:
+                raise RowRefused("empty-answer", f"The tokenizer reads nothing in message {turn.message}.", row.origin)
             supervised[first : stop + 1] = [True] * (stop + 1 - first)
         supervised[0] = False
-        if not any(supervised):
-            raise RowRefused("no-supervised-tokens", "No turn of the row is to be trained on as it stands.", row.origin)
         return TokenizedRow(ids, supervised, row.origin)
 
-    def _first_token(self, row: Conversation, plan: Plan, turn: Turn, written: Written) -> int | RowRefused:
+    def _first_token(self, row: Conversation, plan: Plan, turn: Turn, written: Written) -> int:
         """Find the token that begins at the turn's first character, and prove that the prompt's tokens end there."""
         start = shrink(turn.start, plan.controls) if written.shrunk else turn.start
         first = written.token_at(start)
         if written.start(first) < start:
             before = [match for match in plan.controls if match.end <= turn.start]
             if not before or written.places[len(before) - 1] != first:
-                return RowRefused(
+                raise RowRefused(
                     "token-straddles-border",
                     f"A token reaches from the prompt into message {turn.message}, so generation, which is given the "
                     "prompt alone, would start from other tokens. Another variable of the template (template_kwargs) "
@@ -274,7 +269,7 @@ class ChatTemplate:
                 first -= 1
         prompt_ids = self._prompt_ids(row, plan, turn) if turn.prompt_ids is None else turn.prompt_ids
         if prompt_ids is None or written.ids[max(first - len(prompt_ids), 0) : first] != prompt_ids:
-            return other_prompt(row.origin, turn.message)
+            raise other_prompt(row.origin, turn.message)
         return first
 
     def _prompt_ids(self, row: Conversation, plan: Plan, turn: Turn) -> list[int] | None:

@@ -6,9 +6,12 @@ from collections import Counter
 
 import pytest
 from chat_oracle import CHATS, TEMPLATES, conversation, errors_of, template_tokenizer
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from tiny import tiny_tokenizer
 
 from lightning_qlora.data.chat_template import ChatTemplate
-from lightning_qlora.schema import RowRefused
+from lightning_qlora.schema import Conversation, Message, Origin, RowRefused
 
 KINDS = ("bytelevel", "metaspace", "metaspace_always", "unigram", "prepend", "gemma")
 SLICE = (
@@ -73,3 +76,42 @@ def test_no_silent_error_on_any_template_chat_and_tokenizer():
     print(counts)
     assert sum(counts.values()) == len(TEMPLATES) * len(KINDS) * len(CHATS)
     assert counts["exact"] > sum(counts.values()) / 2
+
+
+PIECES = ["<|im_end|>", "<|im_", "start|>", "</s>", "[INST]", "\n", " ", "word", "ne"]
+WILD = st.lists(st.characters(codec="utf-8") | st.sampled_from(PIECES), min_size=1, max_size=8).map("".join)
+STYLES = (("chatml", "bytelevel"), ("llama3", "awkward"), ("gemma", "gemma"), ("mistral", "metaspace"))
+
+
+def runs_of(template: ChatTemplate, texts: list[str]) -> list[list[int]]:
+    """The ids of the supervised stretches of a chat whose turns alternate, or nothing where it is refused."""
+    roles = ("user", "assistant") * (len(texts) // 2)
+    messages = tuple(Message(role, text) for role, text in zip(roles, texts, strict=True))
+    result = template.encode_batch([Conversation(messages, Origin("wild", 1))])[0]
+    assume(not isinstance(result, RowRefused))
+    runs: list[list[int]] = []
+    for position, (token_id, supervised) in enumerate(zip(result.input_ids, result.supervised, strict=True)):
+        if supervised:
+            if not result.supervised[position - 1]:
+                runs.append([])
+            runs[-1].append(token_id)
+    return runs
+
+
+@pytest.fixture(scope="module", params=STYLES, ids="-".join)
+def wild_template(request):
+    return ChatTemplate(tiny_tokenizer(*request.param))
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
+@given(texts=st.lists(WILD, min_size=4, max_size=4), edit=WILD, place=st.integers(0, 3))
+def test_an_edit_changes_the_supervised_ids_of_that_turn_alone(wild_template, texts, edit, place):
+    edited = [edit if index == place else text for index, text in enumerate(texts)]
+    before, after = runs_of(wild_template, texts), runs_of(wild_template, edited)
+    assert len(before) == len(after) == 2
+    for turn in (0, 1):
+        if place != 2 * turn + 1:
+            assert before[turn] == after[turn]
+        elif texts[place].strip() != edited[place].strip():
+            same = wild_template.tokenizer.decode(before[turn]) == wild_template.tokenizer.decode(after[turn])
+            assert same == (before[turn] == after[turn])
