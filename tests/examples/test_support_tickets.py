@@ -20,25 +20,17 @@ MAX_SIMILARITY = 0.5
 
 
 class Ticket(NamedTuple):
-    """One row of any of the three files."""
+    """One row of any of the three files.
+
+    ``words`` are those of the text without its numbers, so that another order number makes no other text.
+    """
 
     system: str
     text: str
     answer: str
-
-    @property
-    def fields(self) -> dict[str, Any]:
-        fields: dict[str, Any] = json.loads(self.answer)
-        return fields
-
-    @property
-    def values(self) -> tuple[str | None, str | None]:
-        return self.fields["order"], self.fields["product"]
-
-    @property
-    def words(self) -> frozenset[str]:
-        """The words of the text without its numbers, so that another order number makes no other text."""
-        return frozenset(re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)?", self.text.lower()))
+    fields: dict[str, Any]
+    values: tuple[str | None, str | None]
+    words: frozenset[str]
 
 
 def _read(name: str) -> list[dict[str, Any]]:
@@ -48,8 +40,11 @@ def _read(name: str) -> list[dict[str, Any]]:
 def _tickets(name: str) -> list[Ticket]:
     tickets = []
     for row in _read(name):
-        system, user, *answer = row["messages"]
-        tickets.append(Ticket(system["content"], user["content"], answer[0]["content"] if answer else row["reference"]))
+        system, user, *answers = (message["content"] for message in row["messages"])
+        answer = answers[0] if answers else row["reference"]
+        fields = json.loads(answer)
+        words = frozenset(re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)?", user.lower()))
+        tickets.append(Ticket(system, user, answer, fields, (fields["order"], fields["product"]), words))
     return tickets
 
 
