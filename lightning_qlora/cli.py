@@ -188,7 +188,9 @@ def _default_precision(accelerator: object, plugins: object) -> str | None:
 
 def _default_logger(logger: Any, default_root_dir: Any) -> Any:
     """Log to CSV files unless told otherwise: they need nothing installed and open anywhere."""
-    return CSVLogger(default_root_dir or os.getcwd(), name="logs") if logger in (None, True) else logger
+    if logger not in (None, True):
+        return logger
+    return CSVLogger(default_root_dir or os.getcwd(), name="logs", flush_logs_every_n_steps=10)
 
 
 def _expand_shortcuts(args: list[str]) -> list[str]:
