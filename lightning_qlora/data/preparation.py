@@ -14,6 +14,7 @@ import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing import get_context
@@ -23,7 +24,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import tokenizers
 import transformers
-from filelock import FileLock
+from filelock import FileLock, Timeout
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from lightning_qlora.data.chat_template import ChatTemplate
@@ -138,8 +140,7 @@ def prepare(
     folder = cache_dir / fingerprint
     prepared = _open(folder)
     if prepared is None:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache_dir / f".{fingerprint}.lock"):
+        with _alone(cache_dir, fingerprint):
             prepared = _open(folder)  # another process may have made it in the meantime
             if prepared is None:
                 _build(folder, parts, encoder, identity, num_proc, name)
@@ -147,6 +148,27 @@ def prepare(
                 assert prepared is not None
     check_report(prepared.report, max_invalid_fraction)
     return prepared
+
+
+@contextmanager
+def _alone(cache_dir: Path, fingerprint: str) -> Iterator[None]:
+    """Hold the lock of a prepared set, in a folder that exists; the lock of a process that died is free."""
+    lock = FileLock(cache_dir / f".{fingerprint}.lock")
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        rank_zero_info("Waiting for another process that prepares the same data.")
+        lock.acquire()
+    except OSError as error:
+        raise ValueError(
+            f"Prepared data cannot be written to {cache_dir}: {error.strerror or error}. Write --data.cache_dir FOLDER "
+            "with a folder that you can write to."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def check_report(report: PreparationReport, max_invalid_fraction: float) -> None:

@@ -3,11 +3,14 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from tiny import tiny_tokenizer
 
 from lightning_qlora.data import preparation
@@ -295,6 +298,38 @@ def test_processes_at_once_prepare_once(chats, tmp_path):
     for process in processes:
         process.join()
     assert sorted(outcomes) == [(0, 20), (0, 20), (1, 20)]
+
+
+def test_a_folder_that_cannot_be_written_is_named(chats, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        ValueError, match=r"cannot be written to .*file/cache: Not a directory\. Write --data.cache_dir"
+    ):
+        prepare(str(chats), encoder(), cache_dir=tmp_path / "file" / "cache")
+
+
+def _hold_lock(path: str, held, released) -> None:
+    with FileLock(path):
+        held.set()
+        released.wait(30)
+
+
+def test_waiting_for_another_process_is_said(chats, tmp_path, caplog):
+    prepared = prepare(str(chats), encoder(), cache_dir=tmp_path / "cache")
+    shutil.rmtree(tmp_path / "cache" / prepared.report.fingerprint)
+    context = multiprocessing.get_context("fork")
+    held, released = context.Event(), context.Event()
+    lock = str(tmp_path / "cache" / f".{prepared.report.fingerprint}.lock")
+    process = context.Process(target=_hold_lock, args=(lock, held, released))
+    process.start()
+    assert held.wait(30)
+    timer = threading.Timer(0.3, released.set)
+    timer.start()
+    with caplog.at_level("INFO"):
+        prepare(str(chats), encoder(), cache_dir=tmp_path / "cache")
+    timer.join()
+    process.join()
+    assert "Waiting for another process" in caplog.text
 
 
 def test_documents_pickle_as_their_path(chats, tmp_path):
