@@ -9,11 +9,12 @@ PACKAGE = Path(lightning_qlora.__file__).parent
 
 # Rooms of one stage do not import one another; each may import the stages before it.
 STAGES: tuple[frozenset[str], ...] = (
-    frozenset({"schema"}),
-    frozenset({"pretrained"}),
-    frozenset({"losses", "kernels", "data", "model", "checkpoints"}),
+    frozenset({"schema", "losses", "kernels", "accounting", "loop_state"})
+    | frozenset({"publishing", "adapter_folder", "random_state", "ranks", "redaction", "signals"}),
+    frozenset({"pretrained", "identity", "checkpoint_io", "boundary"}),
+    frozenset({"data", "model", "run_record"}),
     frozenset({"modules"}),
-    frozenset({"evaluation", "accounting"}),
+    frozenset({"evaluation"}),
     frozenset({"callbacks"}),
     frozenset({"tools"}),
     frozenset({"cli"}),
