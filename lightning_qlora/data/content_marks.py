@@ -92,10 +92,15 @@ class Marks:
 
     Args:
         spare: Tells which strings may go unmarked, because no control token can be made of them.
+
+    Attributes:
+        sources: Where each marked string came from.
+        spared: What calls say that went unmarked.
     """
 
     def __init__(self, spare: Callable[[str], bool] | None = None) -> None:
         self.sources: list[Source] = []
+        self.spared: list[str] = []
         self._spare = spare
         self._labels: dict[str, str] = {}
 
@@ -139,6 +144,8 @@ class Marks:
         strings = sorted(set(_strings(value)) - words)
         spare = self._spare or (lambda _: False)
         marked = {text: text if spare(text) else self.wrap(text, owner, kind) for text in strings}
+        if kind == "call":
+            self.spared += [text for text in strings if spare(text)]
         return _replaced(value, marked)
 
     def find(self, marked: str) -> tuple[str, list[Span]] | None:
@@ -176,7 +183,7 @@ def _strings(value: Any) -> Iterable[str]:
         yield value
     elif isinstance(value, dict):
         for key, item in value.items():
-            yield key
+            yield from _strings(key)
             yield from _strings(item)
     elif isinstance(value, list | tuple):
         for item in value:

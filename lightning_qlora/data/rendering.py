@@ -206,7 +206,7 @@ class Renderer:
                 found = marks.find(self.write(dialogue, for_generation=for_generation, marks=marks))
             except RowRefused:
                 continue  # the template objects to the marks, not to the row
-            if found is not None and found[0] == text:
+            if found is not None and found[0] == text and all(name in text for name in marks.spared):
                 skeleton = self._skeleton(text, found[1], marks.sources)
                 filled = skeleton.fill([text[span.start : span.end] for span in found[1]])
                 if shape is not None and all(text[start:end] == shape.words[mark] for start, end, mark in found[1]):
