@@ -1,0 +1,89 @@
+"""A resumed run is bit for bit the run that was not interrupted: real data module, real 4-bit base, dropout."""
+
+import json
+
+import lightning as L
+import pytest
+from tiny import tiny_tokenizer
+from tiny_models import save_tiny_model
+from tiny_run import Record, assert_equal, final_state, tiny_module, tiny_trainer
+
+from lightning_qlora.callbacks import AdapterCheckpoint
+from lightning_qlora.data.datamodule import SFTDataModule
+from lightning_qlora.publishing import LocalStore
+
+QUESTIONS = ("What is {}?", "Please think about {} for a while, and then think again.", "{}")
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    """A folder with a base and two files of chats."""
+    root = tmp_path_factory.mktemp("task")
+    save_tiny_model(root / "base", tokenizer=tiny_tokenizer("chatml"), num_hidden_layers=1)
+    for name, count in (("train", 24), ("val", 4)):
+        with open(root / f"{name}.jsonl", "w") as file:
+            for i in range(count):
+                question = QUESTIONS[i % 3].format(f"{name} {i}")
+                turns = [{"role": "user", "content": question}, {"role": "assistant", "content": f"It is {7 * i}."}]
+                file.write(json.dumps({"messages": turns}) + "\n")
+    return root
+
+
+def fit(task, root, *, ckpt_path=None, seed=0, data=None, checkpoint=None, **trainer):
+    L.seed_everything(seed, workers=True)
+    record = Record()
+    options = {"max_length": 128, "tokens_per_batch": 192, "cache_dir": str(task / "cache"), **(data or {})}
+    chats = SFTDataModule(str(task / "train.jsonl"), str(task / "val.jsonl"), tokenizer=str(task / "base"), **options)
+    publish = AdapterCheckpoint(root, **{"every_n_train_steps": 1, "save_top_k": -1, **(checkpoint or {})})
+    trainer = tiny_trainer(root, record, publish, **trainer)
+    module = tiny_module(str(task / "base"), untrained_tokens="ignore")
+    trainer.fit(module, datamodule=chats, ckpt_path=ckpt_path)
+    return trainer, record
+
+
+CASES = {
+    "packed, short last window": {"accumulate_grad_batches": 4, "checkpoint": {"every_n_train_steps": 1}},
+    "workers, validation inside epochs": {"data": {"num_workers": 1}, "val_check_interval": 0.5},
+    "published in validation, inside windows": {
+        "checkpoint": {"every_n_train_steps": None, "every_n_epochs": 1},
+        "accumulate_grad_batches": 2,
+        "val_check_interval": 3,
+    },
+    "published at the end of epochs, max_steps": {
+        "checkpoint": {"every_n_train_steps": None, "every_n_epochs": 1},
+        "max_epochs": -1,
+        "max_steps": 11,
+    },
+    "padded": {"data": {"packing": False, "batch_size": 4, "tokens_per_batch": None}, "accumulate_grad_batches": 2},
+    "best of a metric": {"checkpoint": {"monitor": "val_loss", "every_n_train_steps": 2}, "val_check_interval": 3},
+}
+
+
+def check(task, calm, root, published, **options):
+    trainer, record = calm
+    resumed, rest = fit(task, root, ckpt_path=published.path, seed=99, **options)
+    done = len(record.rows) - len(rest.rows)
+    assert rest.rows == record.rows[done:]
+    assert rest.losses == record.losses[done:]
+    assert_equal(final_state(trainer), final_state(resumed))
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
+@pytest.mark.parametrize("case", CASES)
+def test_resumes_bit_exactly(task, tmp_path, case):
+    options = CASES[case]
+    calm = fit(task, tmp_path / "calm", **options)
+    published = LocalStore(tmp_path / "calm").published()
+    assert len(published) >= 2
+    check(task, calm, tmp_path / "resumed", published[len(published) // 2], **options)
+
+
+@pytest.mark.soak
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
+@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize("case", CASES)
+def test_resumes_bit_exactly_from_every_checkpoint(task, tmp_path, case, accumulate):
+    options = {**CASES[case], "accumulate_grad_batches": accumulate}
+    calm = fit(task, tmp_path / "calm", **options)
+    for published in LocalStore(tmp_path / "calm").published():
+        check(task, calm, tmp_path / published.name, published, **options)
