@@ -24,7 +24,8 @@ from lightning_qlora.callbacks import AdapterCheckpoint, PerformanceMonitor, Pre
 from lightning_qlora.model import compute_dtype
 from lightning_qlora.modules import CausalLMModule
 from lightning_qlora.modules.base import refuse_bitsandbytes_precision
-from lightning_qlora.tools import TOOLS
+from lightning_qlora.tools import PLANNING_TOOLS, TOOLS
+from lightning_qlora.tools.inspection import planning_settings
 
 __all__ = ["QLoRACLI", "main"]
 
@@ -106,6 +107,10 @@ class QLoRACLI(LightningCLI):
             if objects:
                 self._add_arguments(subparser)
             self._subcommand_method_arguments[name] = subparser.add_function_arguments(tool, skip={*objects})
+            for action in subparser._actions:
+                is_flag = getattr(action, "_typehint", None) is bool
+                if is_flag and action.dest in self._subcommand_method_arguments[name]:
+                    action.nargs, action.const = "?", True  # `--json` alone, as well as `--json=true`
             self._subcommand_parsers[name] = subparser
             assert parser._subcommands_action is not None
             parser._subcommands_action.add_subcommand(name, subparser, help=description)
@@ -143,6 +148,8 @@ class QLoRACLI(LightningCLI):
             choices["max_epochs"] = 3
         if config.enable_model_summary is None and any(isinstance(c, RunSummary) for c in choices["callbacks"]):
             choices["enable_model_summary"] = False
+        if self.subcommand in PLANNING_TOOLS:  # on any machine, whatever the run will have
+            choices |= planning_settings(config)
         return super().instantiate_trainer(**{**choices, **kwargs})
 
     def _with_default_callbacks(self, given: Callback | list[Callback] | None) -> list[Callback]:

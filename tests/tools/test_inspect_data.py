@@ -327,3 +327,10 @@ def test_help_explains_every_option(run):
     assert code == 0
     for words in ("--max_leakage", "--min_supervised_share", "--what_if", "Write everything as JSON"):
         assert words in out
+
+
+def test_settings_for_gpus_need_none_to_be_inspected(run):
+    gpus = ("--trainer.accelerator=gpu", "--trainer.devices=[0,1,2,3]", "--trainer.strategy=ddp")
+    code, out, err = run("--json", *gpus, "--trainer.precision=bf16-mixed", "--trainer.num_nodes=2")
+    assert code == 0, err
+    assert json.loads(out)["plan"]["world_size"] == 8
