@@ -36,7 +36,8 @@ def check(name: str) -> None:
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 10
     assert time.monotonic() - started < 60
-    assert after.ru_maxrss < 1024 * 1024, "the largest child so far, in KiB"
+    # The largest child so far, in KiB: children of tests that ran before count too.
+    assert after.ru_maxrss <= max(before.ru_maxrss, 1024 * 1024)
 
 
 @pytest.mark.parametrize("name", SLICE)
