@@ -9,15 +9,20 @@ generation prompt to the token that ends the turn, that token included::
 Never supervised: role headers and whatever else the generation prompt writes (also an empty ``<think></think>``),
 default system prompts, white space after the end token, an end token that the template did not write.
 
-Rules of thumb that become rules here:
+The rules behind it:
 
 * The generation prompt must lead to the turn: the text in front of the supervised characters is what
-  ``add_generation_prompt`` writes there, and its tokens are the tokens that generation would be given. An earlier
-  turn of which that is not true, because the template rewrites history (it drops earlier reasoning, writes another
-  end token, or leaves out what the generation prompt opens with), is not supervised; the last turn is refused.
+  ``add_generation_prompt`` writes there, and its tokens are the tokens that generation would be given. Where the
+  template knows ``enable_thinking`` and the run leaves it open, the prompt without thinking may be the one that leads
+  there: that is how an answer without reasoning is reached in templates that otherwise open with ``<think>``.
+* An earlier turn of which that is not true, because the template rewrites history (it drops earlier reasoning,
+  writes another end token, or leaves out what the generation prompt opens with), is not supervised, unless its
+  ``train`` asks for it: then, as for the last turn, the row is refused. ``ChatTemplate.notes`` tells beforehand.
 * A token is supervised when all its characters are. A token that reaches over the border refuses the row, unless
   it is a control token of the generation prompt that swallows white space: generation gives that token whole.
 * Content writes no control tokens (``control_tokens``), except for think and tool-call markers in an assistant's text.
+* What a template leaves out (a message, the tools, the reasoning of the turn in question) refuses the row.
+* Raw text (``Completion``) is content throughout: control tokens in it are text, unless ``content_tokens`` names them.
 """
 
 from __future__ import annotations
