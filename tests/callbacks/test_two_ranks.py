@@ -11,10 +11,14 @@ import time
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from peft import PeftModel
 from tiny_models import save_tiny_model
 from tiny_run import TinyData, assert_equal, tiny_module, tiny_trainer
+from torch.distributed.fsdp import fully_shard
 
 from lightning_qlora.callbacks import AdapterCheckpoint, RunGuard
+from lightning_qlora.model import load_base_model
 from lightning_qlora.modules.sft import SFTModule
 from lightning_qlora.publishing import LocalStore
 
@@ -172,6 +176,45 @@ def test_another_number_of_ranks_is_told(base, tmp_path):
     trainer = tiny_trainer(tmp_path, AdapterCheckpoint(tmp_path / "checkpoints"), max_epochs=2)
     with pytest.warns(UserWarning, match="random states of 2 ranks and this run has 1"):
         trainer.fit(tiny_module(base), datamodule=TinyData(batches=12), ckpt_path="last")
+
+
+class ShardedLayers(SFTModule):
+    """Each rank holds half of every decoder layer (FSDP2)."""
+
+    def configure_model(self):
+        if self.model is None:
+            super().configure_model()
+            for layer in self.model.get_base_model().model.layers:
+                fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("distributed", [False, True], ids=["one file", "one file a rank"])
+def test_sharded_adapters_are_published_whole(base, tmp_path, distributed):
+    def module():
+        built = tiny_module(base)
+        built.__class__ = ShardedLayers
+        return built
+
+    def run(folder, *callbacks, **options):
+        sharded = ModelParallelStrategy(2, 1, save_distributed_checkpoint=distributed)
+        return two_ranks(base, tmp_path / folder, *callbacks, module=module, strategy=sharded, **options)
+
+    calm = run("calm", name="calm")
+    assert [end["code"] for end in calm] == [0, 0]
+    first = run("run", Tell([1], at=2), name="first")
+    assert [end["code"] for end in first] == [143, 143]
+    second = run("run", name="second", ckpt_path="last", seed=9)
+    for rank in (0, 1):
+        assert first[rank]["rows"] + second[rank]["rows"] == calm[rank]["rows"]
+    newest = [LocalStore(tmp_path / folder / "checkpoints").newest_valid() for folder in ("calm", "run")]
+    assert newest[0].files["adapter_model.safetensors"] == newest[1].files["adapter_model.safetensors"]
+    loaded = PeftModel.from_pretrained(load_base_model(base), newest[0].path)
+    fresh = tiny_module(base)
+    fresh.configure_model()
+    shapes = {name: p.shape for name, p in fresh.model.named_parameters() if "lora_" in name}
+    assert {name: p.shape for name, p in loaded.named_parameters() if "lora_" in name} == shapes
+    assert all(p.abs().sum() > 0 for name, p in loaded.named_parameters() if "lora_B" in name)
 
 
 class Die(L.Callback):
