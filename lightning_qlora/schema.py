@@ -11,6 +11,7 @@ L    positions of one padded row
 T    positions of the flattened batch, ``B * L``; in a packed batch the token count of all documents
 N    supervised positions of the batch (the ones that enter the loss)
 K    documents of the batch
+P    preference pairs of the batch
 D    hidden size of the model
 V    vocabulary size
 ===  =========================================================================================
@@ -32,6 +33,7 @@ __all__ = [
     "Conversation",
     "Message",
     "Origin",
+    "PreferenceBatch",
     "PreferenceRow",
     "PromptBatch",
     "Role",
@@ -199,6 +201,27 @@ class SFTBatch(TypedDict):
     """(N,) int64 token ids to be predicted: the supervised tokens in order."""
     row_ids: tuple[int, ...]
     """K indices into the prepared data set, to name the rows' origins; -1 for a filler that holds no row."""
+
+
+class PreferenceBatch(SFTBatch):
+    """A batch of answers to be weighed against one another: the answers of a pair stand side by side.
+
+    The K documents are answers, each with its prompt (or, where prompts are shared, with the prompt that its pair
+    stands behind). What the loss needs of each is the sum of its tokens' log-probabilities.
+    """
+
+    target_documents: Tensor
+    """(N,) int64. Which of the K documents each supervised position belongs to, ascending."""
+    num_targets: tuple[int, ...]
+    """K counts of supervised tokens, on the host."""
+    chosen: Tensor
+    """(P,) int64 document numbers of the preferred answers; of unpaired rows, the desirable ones."""
+    rejected: Tensor
+    """(P,) int64 document numbers of the answers that lost, pair by pair; of unpaired rows, (Q,) the undesirable."""
+    mismatched: Tensor
+    """(M,) int64 documents that hold another row's answer, from which KTO estimates its KL term; empty for pairs."""
+    reference_log_probs: Tensor | None
+    """(K,) float32 log-probabilities of the documents under the reference, if computed beforehand, in nats."""
 
 
 class PromptBatch(TypedDict):
