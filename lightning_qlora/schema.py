@@ -19,6 +19,7 @@ V    vocabulary size
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, TypedDict, get_args, runtime_checkable
 
@@ -31,9 +32,11 @@ __all__ = [
     "ChatDataModule",
     "Completion",
     "Conversation",
+    "DataStage",
     "Message",
     "Origin",
     "PreferenceBatch",
+    "PreferenceData",
     "PreferenceRow",
     "PromptBatch",
     "Role",
@@ -48,6 +51,10 @@ IGNORE_INDEX = -100
 
 Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
 ROLES: tuple[Role, ...] = get_args(Role)
+
+
+DataStage: TypeAlias = Literal["train", "validation", "test"]
+"""The parts of a run that have rows of their own, as data modules name them."""
 
 
 class Origin(NamedTuple):
@@ -221,7 +228,8 @@ class PreferenceBatch(SFTBatch):
     mismatched: Tensor
     """(M,) int64 documents that hold another row's answer, from which KTO estimates its KL term; empty for pairs."""
     reference_log_probs: Tensor | None
-    """(K,) float32 log-probabilities of the documents under the reference, if computed beforehand, in nats."""
+    """(K,) float32 log-probabilities of the documents under the reference, if computed beforehand, in nats; see
+    :class:`PreferenceData`."""
 
 
 class PromptBatch(TypedDict):
@@ -248,3 +256,39 @@ class ChatDataModule(Protocol):
     @property
     def control_token_ids(self) -> tuple[int, ...]:
         """The special tokens that the chat template writes; the base must know them."""
+
+
+@runtime_checkable
+class PreferenceData(Protocol):
+    """What :class:`~lightning_qlora.modules.PreferenceModule` may ask of a data module of preferences.
+
+    The documents of a stage are numbered, and ``row_ids`` of a :class:`PreferenceBatch` holds their numbers: one for
+    each of its K documents, chosen, rejected and mismatched alike, so that what depends on a document alone can be
+    computed once. (A mismatched document is therefore fixed when the data is prepared, not when a batch is made.) The
+    module asks after ``setup`` and before the loaders of the run are made.
+    """
+
+    @property
+    def preference_stages(self) -> tuple[DataStage, ...]:
+        """The stages that were set up and whose documents are known beforehand (not those of a stream)."""
+
+    def num_documents(self, stage: DataStage) -> int:
+        """Return an upper bound of the document numbers of a stage: the length of an array that they index."""
+
+    def documents_digest(self, stage: DataStage) -> str:
+        """Return a hash of the documents: their numbers, token ids and supervised positions."""
+
+    def reference_batches(self, stage: DataStage) -> Iterable[PreferenceBatch]:
+        """Return batches that hold each document of a stage at least once over all ranks: this rank's share."""
+
+    def set_reference_log_probs(self, stage: DataStage, log_probs: Tensor) -> None:
+        """Put reference log-probabilities into the stage's batches from now on, as ``reference_log_probs``.
+
+        Args:
+            stage: Whose documents.
+            log_probs: ``(num_documents(stage),)`` float32 on the host, in nats, by document number; NaN where the
+                stage has no document of that number.
+        """
+
+    def mean_chosen_tokens(self) -> float:
+        """Return the mean count of supervised tokens of the preferred (desirable) answers that are trained on."""
