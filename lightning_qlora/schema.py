@@ -44,6 +44,7 @@ __all__ = [
     "RowRefused",
     "SFTBatch",
     "TokenizedRow",
+    "UnpairedRow",
 ]
 
 IGNORE_INDEX = -100
@@ -131,6 +132,7 @@ class PreferenceRow:
         rejected: The assistant turn(s) that lost.
         origin: Where it was read.
         tools: JSON schemas of the functions offered to the assistant.
+        template_kwargs: Extra variables of this row for the chat template.
     """
 
     prompt: tuple[Message, ...]
@@ -138,6 +140,28 @@ class PreferenceRow:
     rejected: tuple[Message, ...]
     origin: Origin
     tools: tuple[dict[str, Any], ...] = ()
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class UnpairedRow:
+    """One answer to a prompt, judged by itself.
+
+    Attributes:
+        prompt: The turns before the answer.
+        completion: The assistant turn(s) that are judged.
+        desirable: The judgement.
+        origin: Where it was read.
+        tools: JSON schemas of the functions offered to the assistant.
+        template_kwargs: Extra variables of this row for the chat template.
+    """
+
+    prompt: tuple[Message, ...]
+    completion: tuple[Message, ...]
+    desirable: bool
+    origin: Origin
+    tools: tuple[dict[str, Any], ...] = ()
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 Row: TypeAlias = Conversation | Completion
@@ -213,8 +237,21 @@ class SFTBatch(TypedDict):
 class PreferenceBatch(SFTBatch):
     """A batch of answers to be weighed against one another: the answers of a pair stand side by side.
 
-    The K documents are answers, each with its prompt (or, where prompts are shared, with the prompt that its pair
-    stands behind). What the loss needs of each is the sum of its tokens' log-probabilities.
+    The K documents are answers, each with its prompt. What the loss needs of each is the sum of its tokens'
+    log-probabilities.
+
+    Where answers share their prompt, it stands in the batch once: the second answer is a branch, a document that goes
+    on where the prompt of the document before it ended. Of a prompt p, the chosen answer c and the rejected answer r::
+
+        input_ids         p p p c c r r r
+        position_ids      0 1 2 3 4 3 4 5
+        document_lengths  5         3
+        shared_prompts    0         3
+        target_positions  2 3 2 5 6        (the last position of the prompt predicts both first tokens)
+        targets           c c r r r        (3 4 5 6 7)
+
+    Then ``labels`` says which tokens are supervised, but must not be shifted: not every one is predicted by the
+    position before it. Attention must follow ``shared_prompts``; what knows only ``cu_seq_lens`` gets it wrong.
     """
 
     target_documents: Tensor
@@ -227,6 +264,9 @@ class PreferenceBatch(SFTBatch):
     """(P,) int64 document numbers of the answers that lost, pair by pair; of unpaired rows, (Q,) the undesirable."""
     mismatched: Tensor
     """(M,) int64 documents that hold another row's answer, from which KTO estimates its KL term; empty for pairs."""
+    shared_prompts: tuple[int, ...] | None
+    """K numbers on the host, if prompts are shared: how many tokens at the beginning of the nearest document before it
+    with a 0 here a document goes on from; 0 for a document with its own prompt. ``None`` in all other batches."""
     reference_log_probs: Tensor | None
     """(K,) float32 log-probabilities of the documents under the reference, if computed beforehand, in nats; see
     :class:`PreferenceData`."""
