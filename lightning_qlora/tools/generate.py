@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import (
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TextStreamer,
-)
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from lightning_qlora.data.chat_template import ChatTemplate
 from lightning_qlora.evaluation import (
@@ -33,11 +25,15 @@ from lightning_qlora.evaluation import (
     read_questions,
 )
 from lightning_qlora.evaluation.tables import printable
-from lightning_qlora.identity import check_adapter
-from lightning_qlora.model import Quantization, compute_dtype, load_adapter, load_base_model, read_adapter_base
-from lightning_qlora.pretrained import load_tokenizer
-from lightning_qlora.publishing import read_manifest
 from lightning_qlora.schema import Message, Origin
+from lightning_qlora.tools.loading import (
+    AdapterPaths,
+    QuantizationName,
+    find_adapters,
+    load_for_answers,
+    plain_model,
+    sampling_options,
+)
 
 __all__ = ["generate"]
 
@@ -52,7 +48,7 @@ An interrupt (Ctrl-C) stops the answer being written."""
 
 
 def generate(
-    adapter: str | list[str] | None = None,
+    adapter: AdapterPaths = None,
     *,
     base: str | None = None,
     revision: str | None = None,
@@ -60,7 +56,7 @@ def generate(
     file: str | None = None,
     output: str | None = None,
     system: str | None = None,
-    quantization: Literal["auto", "nf4", "int8", "none"] = "auto",
+    quantization: QuantizationName = "auto",
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -78,8 +74,9 @@ def generate(
     chats: answers appear as they are written, and /help lists what else can be typed.
 
     Args:
-        adapter: A PEFT folder, as AdapterCheckpoint writes it; several, and the chat can switch between them (each is
-            named by its folder). Without one the base answers.
+        adapter: A PEFT folder, as AdapterCheckpoint writes it, or a run's folder of checkpoints for the newest one;
+            several, and the chat can switch between them. Each is named by its folder, or as NAME: FOLDER says.
+            Without one the base answers.
         base: The base model: a Hugging Face id, a folder, a .gguf file or package:NAME. Needed without an adapter;
             with one it replaces the base that the adapter names.
         revision: Branch, tag or commit of a base that is a Hugging Face id.
@@ -100,14 +97,19 @@ def generate(
             chat_template.
         trust_remote_code: Whether Python code from the base's repository may run.
     """
-    adapters = [adapter] if isinstance(adapter, str) else list(adapter or ())
-    _check_options(adapters, base, prompt, file, output)
+    _check_options(adapter, base, prompt, file, output)
     if max_new_tokens < 1 or batch_size < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}, batch_size {batch_size}; write whole numbers above 0.")
-    sampling = _sampling_options(temperature, top_p, top_k, repetition_penalty)
+    sampling = sampling_options(temperature, top_p, top_k, repetition_penalty)
     questions = [] if file is None else _read_file(Path(file), system)
-    model, template = _load(
-        adapters, base, revision, quantization, template_kwargs, list(allow_mismatch or ()), trust_remote_code
+    model, template = load_for_answers(
+        find_adapters(adapter),
+        base,
+        revision=revision,
+        quantization=quantization,
+        template_kwargs=template_kwargs,
+        allow_mismatch=allow_mismatch or (),
+        trust_remote_code=trust_remote_code,
     )
     torch.manual_seed(seed)
     if file is not None:
@@ -137,7 +139,7 @@ class _Chat:
     ) -> None:
         self.model = model
         # The model's own defaults would take part in every option left unset.
-        self.decoding = model.generation_config = _plain_model(model).generation_config = decoding
+        self.decoding = model.generation_config = plain_model(model).generation_config = decoding
         self.template = template
         self.system = system
         self.turns: list[Message] = []
@@ -240,117 +242,14 @@ class _Recorder(TextStreamer):
 
 
 def _check_options(
-    adapters: list[str], base: str | None, prompt: str | None, file: str | None, output: str | None
+    adapter: AdapterPaths, base: str | None, prompt: str | None, file: str | None, output: str | None
 ) -> None:
-    if not adapters and base is None:
+    if not adapter and base is None:
         raise ValueError("Nothing to answer with: write --adapter FOLDER, or --base NAME for the base alone.")
     if prompt is not None and file is not None:
         raise ValueError("--prompt and --file are both given; write one of them, or neither to chat.")
     if output is not None and file is None:
         raise ValueError("--output takes the answers to a --file of questions; none is given.")
-    names = [_adapter_name(adapter) for adapter in adapters]
-    if len(set(names)) < len(names):
-        raise ValueError(f"Adapters are named by their folders, and {names} are not distinct. Rename or link one.")
-
-
-def _sampling_options(temperature: float, top_p: float, top_k: int, repetition_penalty: float) -> dict[str, Any]:
-    if temperature < 0 or not 0 < top_p <= 1 or top_k < 0 or repetition_penalty <= 0:
-        raise ValueError(
-            f"temperature={temperature}, top_p={top_p}, top_k={top_k}, repetition_penalty={repetition_penalty}: "
-            "allowed are temperature and top_k from 0, top_p above 0 and up to 1, repetition_penalty above 0."
-        )
-    options: dict[str, Any] = {} if repetition_penalty == 1 else {"repetition_penalty": repetition_penalty}
-    if temperature > 0:
-        options |= {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
-    return options
-
-
-def _load(
-    adapters: list[str],
-    base: str | None,
-    revision: str | None,
-    quantization: str,
-    template_kwargs: dict[str, Any] | None,
-    allow_mismatch: list[str],
-    trust_remote_code: bool,
-) -> tuple[PreTrainedModel | PeftModel, ChatTemplate]:
-    """Load the base as the adapters were trained on it, the adapters, and the tokenizer that belongs to them."""
-    trained_on = [_adapter_base(Path(adapter)) for adapter in adapters]
-    if base is None:
-        if len(set(trained_on)) > 1:
-            names = ", ".join(name for name, _ in trained_on)
-            raise ValueError(f"The adapters name different bases: {names}. Write --base, or one adapter at a time.")
-        base, trained_revision = trained_on[0]
-        revision = revision or trained_revision
-    chosen = _trained_quantization(adapters) if quantization == "auto" else _QUANTIZATIONS[quantization]
-    model: PreTrainedModel | PeftModel = load_base_model(
-        base, revision=revision, quantization=chosen, trust_remote_code=trust_remote_code
-    )
-    tokenizer: PreTrainedTokenizerBase
-    if adapters and (Path(adapters[0]) / "tokenizer_config.json").is_file():
-        tokenizer = AutoTokenizer.from_pretrained(adapters[0])  # as training used it, template and padding included
-    else:
-        tokenizer = load_tokenizer(base, revision=revision, trust_remote_code=trust_remote_code)
-    for adapter in adapters:  # all against the bare base
-        check_adapter(adapter, model, tokenizer, allow_mismatch)
-    for adapter in adapters:
-        if isinstance(model, PeftModel):
-            _load_another(model, adapter)
-        else:
-            model = load_adapter(model, adapter, name=_adapter_name(adapter))
-    model.eval()
-    if adapters and (Path(adapters[0]) / "generation_config.json").is_file():
-        stop = GenerationConfig.from_pretrained(adapters[0]).eos_token_id
-        _plain_model(model).generation_config.eos_token_id = stop
-    return model, ChatTemplate(tokenizer, template_kwargs=template_kwargs)
-
-
-def _plain_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    plain: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model  # type: ignore[assignment]
-    return plain
-
-
-def _load_another(model: PeftModel, adapter: str) -> None:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*missing adapter keys")
-        try:
-            model.load_adapter(adapter, adapter_name=_adapter_name(adapter))
-        except UserWarning as warning:
-            raise ValueError(f"The adapter in {adapter!r} does not fit this base: {str(warning)[:400]}") from warning
-
-
-def _adapter_name(folder: str) -> str:
-    """Name an adapter by its folder; module names cannot hold dots."""
-    return Path(folder).resolve().name.replace(".", "_")
-
-
-_QUANTIZATIONS: dict[str, Quantization] = {"nf4": "nf4", "int8": "int8", "none": None}
-
-
-def _adapter_base(folder: Path) -> tuple[str, str | None]:
-    """Read which base, and which revision of it, an adapter was trained on."""
-    if not (folder / "adapter_config.json").is_file():
-        raise ValueError(
-            f"{str(folder)!r} is no adapter folder: it holds no adapter_config.json. Write the folder that "
-            "AdapterCheckpoint or PEFT's save_pretrained made."
-        )
-    return read_adapter_base(folder)
-
-
-def _trained_quantization(adapters: list[str]) -> Quantization:
-    """Read from the manifest how the base was stored in training; NF4, with a remark, where nothing says it."""
-    manifest = read_manifest(adapters[0]) if adapters else None
-    identity = {} if manifest is None else manifest.metadata.get("identity") or {}
-    if "quantization" not in identity:
-        if adapters:
-            print("How the base was stored in training is not known: loading it in 4-bit NF4.", file=sys.stderr)
-        return "nf4"
-    options = identity["quantization"]
-    if options is None:
-        return None
-    # The compute dtype is that of this machine, which need not be the one that trained.
-    config: BitsAndBytesConfig = BitsAndBytesConfig.from_dict({**options, "bnb_4bit_compute_dtype": compute_dtype()})
-    return config
 
 
 def _read_file(path: Path, system: str | None) -> list[Question]:
