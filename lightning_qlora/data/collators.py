@@ -54,8 +54,14 @@ class Document(NamedTuple):
 
 def spans_of(supervised: Sequence[bool]) -> npt.NDArray[np.int32]:
     """Return the (S, 2) half-open spans of true values: ``[F, T, T, F, T]`` -> ``[[1, 3], [4, 5]]``."""
-    flags = np.frombuffer(b"\0" + bytes(supervised) + b"\0", dtype=np.int8)
-    return np.flatnonzero(np.diff(flags)).astype(np.int32).reshape(-1, 2)
+    flags = bytes(supervised) + b"\0"
+    spans = []
+    start = flags.find(1)
+    while start >= 0:
+        end = flags.find(0, start)
+        spans.append((start, end))
+        start = flags.find(1, end)
+    return np.array(spans, dtype=np.int32).reshape(-1, 2)
 
 
 def expand_spans(spans: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:

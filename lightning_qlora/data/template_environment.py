@@ -54,4 +54,6 @@ def compile_template(source: str) -> jinja2.Template:
         extensions=[type(extension) for extension in theirs.extensions.values()],
     )
     environment.filters, environment.tests, environment.globals = theirs.filters, theirs.tests, theirs.globals
-    return environment.from_string(source)
+    template = environment.from_string(source)
+    template.globals = dict(template.globals)  # a ChainMap, copied at each rendering key by key
+    return template
