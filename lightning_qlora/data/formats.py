@@ -8,6 +8,8 @@ format             what a row looks like
 preference         ``chosen`` and ``rejected``: texts, messages, or lists of messages; the prompt is in
                    ``prompt`` (or ``question``, ``instruction``, ``messages``, ``conversations``), or it is
                    the part that both lists begin with
+unpaired           a chat, or prompt and completion, with ``label``: true for a good answer, false for a bad
+                   one; the label is that of the last answer
 messages           ``messages``: a list of ``{role, content}``, the OpenAI shape
 sharegpt           ``conversations``: a list of ``{from, value}``
 alpaca             ``instruction``, ``input`` (optional; joined by a blank line), ``output``, ``history``
@@ -19,7 +21,10 @@ text               ``text``: raw text, every token of it supervised, no chat tem
 ``raw_completion`` is prompt and completion as raw text, without a chat template; it has to be asked for by
 ``format``. Everywhere ``system`` (a text), ``tools`` (a list of JSON schemas) and ``chat_template_kwargs`` (an
 object) may stand beside. A column that is null counts as absent. Of a prompt-completion row and of a pair only the
-answer is supervised, of every other chat all assistant turns. A supervised run over pairs learns the chosen answer.
+answer is supervised, of every other chat all assistant turns.
+
+A supervised run takes pairs only where ``format: preference`` says so, and learns the chosen answers. A run over pairs
+takes nothing else; a run over single judged answers takes ``unpaired`` rows, and pairs as one good and one bad answer.
 
 Good rows pass unchanged, with one exception: turns after the last assistant turn are dropped, since they
 enter no loss. Several turns of one role in a row are allowed. Everything else that is not right is refused:
@@ -31,6 +36,9 @@ not-an-object                a row that is a list, a text, a number, null
 unknown-shape                none of the shapes above; the message lists the keys found
 missing-column               a column that ``columns`` or the chosen ``format`` names is not there
 not-a-pair                   a preference run met a row without ``chosen`` and ``rejected``
+pair-for-supervised-run      a supervised run met a pair that it was not told of by ``format``
+no-label                     a run over judged answers met an answer without ``label``
+bad-label                    ``label`` other than true, false, 1, 0
 messages-not-list            ``messages`` is neither a list nor a list as JSON text
 no-messages                  the list is empty
 message-not-object           a message is not an object
@@ -39,7 +47,7 @@ unknown-role                 a role outside of ``messages.ROLE_NAMES``
 missing-content              null content without a tool call
 content-not-text             content, prompt, answer ... is a number, an object, or holds an image
 empty-answer                 an assistant turn, completion or output of nothing but white space
-unwanted-answer              a prompt-completion row with ``label: false`` (unpaired preference data)
+unwanted-answer              a supervised run met an answer with ``label: false``
 empty-user-turn              a user turn, prompt or instruction of nothing but white space
 empty-text                   a raw text of nothing but white space
 lone-system                  a system turn and nothing else
@@ -76,24 +84,48 @@ from typing import Any, Final, Literal, TypeAlias, get_args
 
 from lightning_qlora.data.json_values import BadRowError, check_value, described, described_keys
 from lightning_qlora.data.messages import check_turns, is_turns, parse_messages, parse_tools, text_of
-from lightning_qlora.data.preference import parse_pair
-from lightning_qlora.schema import Completion, Conversation, Message, Origin, PreferenceRow, Row, RowRefused
+from lightning_qlora.data.preference import parse_pair, split_answer
+from lightning_qlora.schema import (
+    Completion,
+    Conversation,
+    Message,
+    Origin,
+    PreferenceRow,
+    Row,
+    RowRefused,
+    UnpairedRow,
+)
 
-__all__ = ["COLUMNS", "FORMATS", "Format", "Task", "check_columns", "parse_row", "recognise_format"]
+__all__ = [
+    "COLUMNS",
+    "FORMATS",
+    "TASKS",
+    "Format",
+    "ParsedRow",
+    "Task",
+    "check_columns",
+    "parse_row",
+    "recognise_format",
+]
 
 Format: TypeAlias = Literal[
-    "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "raw_completion", "text", "preference"
+    "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "raw_completion", "text", "preference", "unpaired"
 ]
 """The shape of a row; ``auto`` looks at each row."""
 
 FORMATS: Final[tuple[Format, ...]] = get_args(Format)
 
-Task: TypeAlias = Literal["sft", "preference"]
-"""What the rows are for: supervised fine-tuning, or learning from pairs."""
+Task: TypeAlias = Literal["sft", "preference", "unpaired"]
+"""What the rows are for: supervised fine-tuning, learning from pairs, or from answers judged by themselves."""
+
+TASKS: Final[tuple[Task, ...]] = get_args(Task)
+
+ParsedRow: TypeAlias = Row | PreferenceRow | UnpairedRow
+"""What a row is read as: for ``sft`` a ``Row``, for ``preference`` a pair, for ``unpaired`` an answer or a pair."""
 
 COLUMNS: Final = (
     "messages", "conversations", "role", "content", "system", "tools", "chat_template_kwargs", "prompt",
-    "completion", "reasoning", "instruction", "input", "output", "history", "text", "chosen", "rejected",
+    "completion", "reasoning", "instruction", "input", "output", "history", "text", "chosen", "rejected", "label",
 )  # fmt: skip
 """What ``columns`` may map; ``role`` and ``content`` are the keys inside each message."""
 
@@ -155,6 +187,12 @@ def recognise_format(record: Mapping[str, Any]) -> Format:
 def _shape_of(record: Mapping[str, Any], keys: set[str]) -> Format | None:
     if keys >= {"chosen", "rejected"}:
         return "preference"
+    shape = _chat_shape(record, keys)
+    # Other labels than true and false are often classes, which say nothing about the answer.
+    return "unpaired" if shape not in (None, "text") and isinstance(record.get("label"), bool) else shape
+
+
+def _chat_shape(record: Mapping[str, Any], keys: set[str]) -> Format | None:
     for column in _CHAT_COLUMNS:
         if column in keys:
             turns = record[column]
@@ -175,7 +213,7 @@ def parse_row(
     format: Format = "auto",
     columns: Mapping[str, str] | None = None,
     task: Task = "sft",
-) -> Row | PreferenceRow:
+) -> ParsedRow:
     """Convert one row of any known shape.
 
     Args:
@@ -183,7 +221,8 @@ def parse_row(
         origin: Where it was read.
         format: Its shape; ``auto`` recognises it.
         columns: Field of the shape -> name of the column that holds it.
-        task: ``sft`` turns a pair into its chosen answer; ``preference`` takes pairs only.
+        task: What the row is for. ``sft`` turns a pair into its chosen answer if ``format`` says that it is a pair;
+            ``preference`` takes pairs only; ``unpaired`` takes single answers with a label, and pairs.
 
     Raises:
         RowRefused: The row cannot be used; the reasons are in the table of this module.
@@ -198,14 +237,52 @@ def parse_row(
             )
         fields = _renamed(record, columns) if columns else record
         shape = _chosen_shape(fields, columns) if format == "auto" else format
-        row = _PARSERS[shape](fields, origin)
-        if isinstance(row, PreferenceRow):
-            return _chosen_answer(row) if task == "sft" else _two_answers(row)
-        if task == "preference":
-            raise BadRowError("not-a-pair", f"the row has the shape {shape}; a preference run needs chosen + rejected")
+        if task == "sft":
+            return _for_supervision(fields, shape, origin, asked=format == "preference")
+        return _for_preference(fields, shape, origin, task)
     except BadRowError as bad:
         raise RowRefused(bad.reason, bad.detail, origin) from None
+
+
+def _for_supervision(fields: Mapping[str, Any], shape: Format, origin: Origin, *, asked: bool) -> Row:
+    row = _PARSERS[shape](fields, origin)
+    if isinstance(row, UnpairedRow):
+        if not row.desirable:
+            raise BadRowError(
+                "unwanted-answer", "label: false marks the answer as a bad example; allowed: label: true, or no label"
+            )
+        return Conversation((*_unsupervised(row.prompt), *row.completion), origin, row.tools, row.template_kwargs)
+    if isinstance(row, PreferenceRow):
+        if not asked:
+            raise BadRowError(
+                "pair-for-supervised-run",
+                "the row is a pair (chosen + rejected), and supervised training learns one answer; train on pairs with "
+                "PreferenceDataModule, or write format: preference in the source to learn the chosen answers",
+            )
+        return Conversation((*_unsupervised(row.prompt), *row.chosen), origin, row.tools, row.template_kwargs)
     return row
+
+
+def _for_preference(
+    fields: Mapping[str, Any], shape: Format, origin: Origin, task: Task
+) -> PreferenceRow | UnpairedRow:
+    if task == "unpaired" and shape not in ("preference", "raw_completion", "text"):
+        if fields.get("label") is None:
+            raise BadRowError(
+                "no-label",
+                f"the row has the shape {shape} and no label; a run over single answers needs label: true or false "
+                "beside each (or chosen + rejected)",
+            )
+        return _judged(fields, origin, None if shape == "unpaired" else shape)
+    row = _PARSERS[shape](fields, origin)
+    if isinstance(row, PreferenceRow):
+        if row.chosen == row.rejected:
+            raise BadRowError("same-answers", "chosen and rejected are equal; allowed: two different answers")
+        return row
+    remedy = (
+        "for single answers with a label write unpaired: true" if shape == "unpaired" else "train with SFTDataModule"
+    )
+    raise BadRowError("not-a-pair", f"the row has the shape {shape}; allowed: chosen + rejected. Else {remedy}")
 
 
 def _renamed(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
@@ -271,13 +348,15 @@ def _with_system(messages: list[Message], record: Mapping[str, Any]) -> list[Mes
 
 
 def _conversation(messages: list[Message], record: Mapping[str, Any], origin: Origin) -> Conversation:
-    kwargs = record.get("chat_template_kwargs")
     tools = parse_tools(_first(record, ("tools", "functions")))
     turns = check_turns(_with_system(messages, record))
-    return Conversation(turns, origin, tools, {} if kwargs is None else _template_kwargs(kwargs))
+    return Conversation(turns, origin, tools, _template_kwargs(record))
 
 
-def _template_kwargs(found: object) -> dict[str, Any]:
+def _template_kwargs(record: Mapping[str, Any]) -> dict[str, Any]:
+    found = record.get("chat_template_kwargs")
+    if found is None:
+        return {}
     if not isinstance(found, Mapping) or not _RENDERER_VARIABLES.isdisjoint(found):
         raise BadRowError(
             "bad-template-kwargs",
@@ -324,10 +403,6 @@ def _history(history: object) -> list[tuple[str, str]]:
 
 
 def _from_prompt_completion(record: Mapping[str, Any], origin: Origin) -> Conversation:
-    if record.get("label") is False:
-        raise BadRowError(
-            "unwanted-answer", "label: false marks the completion as a bad example; allowed: label: true, or no label"
-        )
     prompt = _prompt_turns(_first(record, _PROMPT_COLUMNS, needed_by="prompt_completion"))
     found = _first(record, _COMPLETION_COLUMNS, needed_by="prompt_completion")
     if is_turns(found):
@@ -376,20 +451,32 @@ def _from_preference(record: Mapping[str, Any], origin: Origin) -> PreferenceRow
     for answer in (pair.chosen, pair.rejected):
         check_turns([*turns, *answer])
     tools = parse_tools(_first(record, ("tools", "functions")))
-    return PreferenceRow(tuple(turns), pair.chosen, pair.rejected, origin, tools)
+    return PreferenceRow(tuple(turns), pair.chosen, pair.rejected, origin, tools, _template_kwargs(record))
 
 
-def _two_answers(row: PreferenceRow) -> PreferenceRow:
-    if row.chosen == row.rejected:
-        raise BadRowError("same-answers", "chosen and rejected are equal; allowed: two different answers")
-    return row
+def _from_unpaired(record: Mapping[str, Any], origin: Origin) -> UnpairedRow:
+    return _judged(record, origin, None)
 
 
-def _chosen_answer(row: PreferenceRow) -> Conversation:
-    return Conversation((*_unsupervised(row.prompt), *row.chosen), row.origin, row.tools)
+def _judged(record: Mapping[str, Any], origin: Origin, shape: Format | None) -> UnpairedRow:
+    """Read a chat of a known or unknown shape, and the label of its last answer."""
+    label = _first(record, ("label",), needed_by="unpaired")
+    if not isinstance(label, int) or label not in (0, 1):
+        raise BadRowError(
+            "bad-label", f"label is {described(label)}; allowed: true (a good answer) or false (a bad one)"
+        )
+    shape = shape or _chat_shape(record, {key for key, value in record.items() if value is not None})
+    if shape is None or shape == "text":
+        raise BadRowError(
+            "missing-column", f"unpaired needs messages or prompt + completion; the row has {described_keys(record)}"
+        )
+    chat = _PARSERS[shape](record, origin)
+    assert isinstance(chat, Conversation)
+    prompt, answer = split_answer(chat.messages)
+    return UnpairedRow(prompt, answer, bool(label), origin, chat.tools, chat.template_kwargs)
 
 
-_PARSERS: Final[dict[Format, Callable[[Mapping[str, Any], Origin], Row | PreferenceRow]]] = {
+_PARSERS: Final[dict[Format, Callable[[Mapping[str, Any], Origin], ParsedRow]]] = {
     "messages": _from_messages,
     "sharegpt": _from_messages,
     "alpaca": _from_alpaca,
@@ -397,4 +484,5 @@ _PARSERS: Final[dict[Format, Callable[[Mapping[str, Any], Origin], Row | Prefere
     "raw_completion": _from_raw_completion,
     "text": _from_text,
     "preference": _from_preference,
+    "unpaired": _from_unpaired,
 }

@@ -15,9 +15,9 @@ from functools import lru_cache
 from typing import Any, Final, Generic, Protocol, Self, TypeVar
 
 from lightning_qlora.data.accounting import RowCounts
-from lightning_qlora.data.formats import Task
+from lightning_qlora.data.formats import ParsedRow, Task
 from lightning_qlora.data.sources import DataSource, Sources, as_sources, estimated_rows, read_rows
-from lightning_qlora.schema import PreferenceRow, Row, RowRefused
+from lightning_qlora.schema import RowRefused
 
 __all__ = ["MixedRows", "Resumable", "ShuffleBuffer", "mix", "weighted_indices"]
 
@@ -82,7 +82,7 @@ class _Progress:
     exhausted: bool = False
 
 
-class MixedRows(Iterator[Row | PreferenceRow | RowRefused]):
+class MixedRows(Iterator[ParsedRow | RowRefused]):
     """One epoch over several sources, interleaved evenly, each row as often as its source's weight says.
 
     The next row always comes from the source that is furthest behind its share, so every stretch of the stream
@@ -90,7 +90,7 @@ class MixedRows(Iterator[Row | PreferenceRow | RowRefused]):
 
     Args:
         sources: What to read.
-        task: ``sft`` or ``preference``.
+        task: What the rows are for.
         seed: Decides the samples of fractional weights and where each source starts in the interleaving.
         shard: Which share of every source's rows to read, from 0.
         num_shards: How many readers there are.
@@ -107,14 +107,14 @@ class MixedRows(Iterator[Row | PreferenceRow | RowRefused]):
         self.seed, self.shard, self.num_shards = seed, shard, num_shards
         self.counts = RowCounts()
         self._progress = [_Progress() for _ in self.sources]
-        self._streams: dict[int, Iterator[Row | PreferenceRow | RowRefused]] = {}
+        self._streams: dict[int, Iterator[ParsedRow | RowRefused]] = {}
         self._expected = [estimated_rows(source) * source.weight for source in self.sources]
         self._offsets = [random.Random(f"{seed}:offset:{number}").random() for number in range(len(self.sources))]
 
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> Row | PreferenceRow | RowRefused:
+    def __next__(self) -> ParsedRow | RowRefused:
         while True:
             waiting = [number for number, progress in enumerate(self._progress) if not progress.exhausted]
             if not waiting:
@@ -128,7 +128,7 @@ class MixedRows(Iterator[Row | PreferenceRow | RowRefused]):
     def _share_given(self, number: int) -> float:
         return (self._progress[number].given + self._offsets[number]) / self._expected[number]
 
-    def _next_of(self, number: int) -> Row | PreferenceRow | RowRefused | None:
+    def _next_of(self, number: int) -> ParsedRow | RowRefused | None:
         """The next item of a source, ``None`` at the end of its last pass."""
         source, progress = self.sources[number], self._progress[number]
         while True:
@@ -147,7 +147,7 @@ class MixedRows(Iterator[Row | PreferenceRow | RowRefused]):
     def _seed_of(self, number: int) -> int:
         return self.seed * 1_000_003 + number * 1009 + self.shard
 
-    def _stream(self, number: int) -> Iterator[Row | PreferenceRow | RowRefused]:
+    def _stream(self, number: int) -> Iterator[ParsedRow | RowRefused]:
         if number not in self._streams:
             self._streams[number] = read_rows(
                 self.sources[number],
@@ -158,7 +158,7 @@ class MixedRows(Iterator[Row | PreferenceRow | RowRefused]):
             )
         return self._streams[number]
 
-    def _count(self, name: str, row: Row | PreferenceRow | RowRefused, *, first_pass: bool, used: bool) -> bool:
+    def _count(self, name: str, row: ParsedRow | RowRefused, *, first_pass: bool, used: bool) -> bool:
         """Count a row; return whether it goes out."""
         counts = self.counts[name]
         refused = isinstance(row, RowRefused)
@@ -221,7 +221,7 @@ def mix(
         sources: What to read.
         weights: How often each source's rows are used; instead of the weights that the sources carry.
         seed: See :class:`MixedRows`.
-        task: ``sft`` or ``preference``.
+        task: What the rows are for.
         shard: Which share of the rows, from 0.
         num_shards: How many readers share the mix.
 

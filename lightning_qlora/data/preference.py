@@ -10,7 +10,7 @@ from lightning_qlora.data.json_values import BadRowError, described
 from lightning_qlora.data.messages import is_turns, parse_message, parse_messages, text_of
 from lightning_qlora.schema import Message
 
-__all__ = ["Pair", "parse_pair"]
+__all__ = ["Pair", "parse_pair", "split_answer"]
 
 _TRANSCRIPT_TURN: Final = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")
 """The turns of a written-out dialogue, the shape of the Anthropic HH-RLHF data."""
@@ -55,8 +55,18 @@ def parse_pair(prompt: Sequence[Message] | None, chosen: object, rejected: objec
         shared = max((n for n, message in enumerate(sides[0]) if message.role == "assistant"), default=shared)
     pair = Pair(tuple(sides[0][:shared]), tuple(sides[0][shared:]), tuple(sides[1][shared:]))
     if prompt is not None:
-        _check_same_prompt(prompt, pair.prompt)
+        _check_same_prompt(prompt, pair)
     return _checked(pair)
+
+
+def split_answer(messages: Sequence[Message]) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
+    """Split a chat into what was asked and the last answer, with its tool calls and their results.
+
+    Args:
+        messages: Turns in a proven order, the last of them the assistant's.
+    """
+    asked = max(n for n, message in enumerate(messages) if message.role in ("user", "system")) + 1
+    return tuple(messages[:asked]), tuple(messages[asked:])
 
 
 def _side(found: object, name: str, may_be_transcript: bool) -> list[Message]:
@@ -83,10 +93,13 @@ def _transcript(text: str, name: str) -> list[Message]:
     ]
 
 
-def _check_same_prompt(prompt: Sequence[Message], shared: Sequence[Message]) -> None:
-    """A prompt column beside whole conversations repeats their beginning, or at least its last question."""
+def _check_same_prompt(prompt: Sequence[Message], pair: Pair) -> None:
+    """A prompt column beside whole conversations repeats their beginning, its last question, or the chosen one."""
     said = [(message.role, message.content.strip()) for message in prompt]
-    found = [(message.role, message.content.strip()) for message in shared]
+    found = [(message.role, message.content.strip()) for message in (*pair.prompt, *pair.chosen)]
+    if said == found:
+        return
+    found = found[: len(pair.prompt)]
     questions = [turn for turn in found if turn[0] == "user"]
     if found[: len(said)] != said and said != questions[-1:]:
         raise BadRowError("prompt-mismatch", "chosen and rejected do not begin with what the prompt column says")

@@ -19,7 +19,7 @@ from typing import Any, Final, TypeAlias, get_args
 
 import pyarrow.parquet as pq
 
-from lightning_qlora.data.formats import FORMATS, Format, Task, check_columns, parse_row
+from lightning_qlora.data.formats import FORMATS, Format, ParsedRow, Task, check_columns, parse_row
 from lightning_qlora.data.readers import Entry, Selection, open_bytes, read_json, read_json_lines
 from lightning_qlora.data.tables import (
     arrow_batches,
@@ -30,7 +30,7 @@ from lightning_qlora.data.tables import (
     read_dataset,
     read_parquet,
 )
-from lightning_qlora.schema import Origin, PreferenceRow, Row, RowRefused
+from lightning_qlora.schema import Origin, RowRefused
 
 __all__ = [
     "DataSource",
@@ -71,8 +71,9 @@ class DataSource:
         path: A file, a folder, a pattern such as ``data/*.jsonl``, or the id of a Hugging Face dataset. Files:
             .json, .jsonl, .csv, .tsv (these also as .gz and .zst), .parquet, .arrow, .feather, and folders
             written by ``save_to_disk``. In a folder all such files are read, sorted, hidden ones left out.
-        format: The shape of the rows: messages, sharegpt, alpaca, prompt_completion, raw_completion, text or
-            preference; auto recognises it row by row (raw_completion has to be asked for).
+        format: The shape of the rows: messages, sharegpt, alpaca, prompt_completion, raw_completion, text, preference
+            (pairs) or unpaired (answers with a label); auto recognises it row by row (raw_completion has to be asked
+            for). In supervised training, preference learns the chosen answers.
         columns: Names of the data's own columns for the fields of the shape, such as
             ``{prompt: question, completion: answer}``.
         split: The split of a dataset id or of a saved dataset; train unless given.
@@ -138,12 +139,12 @@ def as_sources(sources: Sources) -> list[DataSource]:
 
 def read_rows(
     source: str | DataSource, task: Task = "sft", *, skip: int = 0, shard: int = 0, num_shards: int = 1
-) -> Iterator[Row | PreferenceRow | RowRefused]:
+) -> Iterator[ParsedRow | RowRefused]:
     """Read the rows of one source: exactly one item for each row, in order.
 
     Args:
         source: What to read.
-        task: ``sft`` or ``preference``; an SFT run over pairs gets the chosen answers.
+        task: What the rows are for; see :func:`~lightning_qlora.data.formats.parse_row`.
         skip: Rows to pass over, to resume: they are neither decoded nor counted.
         shard: Which share of the rows, from 0; with ``skip`` positions still count all rows.
         num_shards: How many readers share the source, a row each in turn.

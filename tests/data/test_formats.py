@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_qlora.data import formats, json_values, messages, preference, readers, tables
-from lightning_qlora.data.formats import COLUMNS, FORMATS, check_columns, parse_row, recognise_format
-from lightning_qlora.schema import Completion, Conversation, Message, Origin, PreferenceRow, RowRefused
+from lightning_qlora.data.formats import COLUMNS, FORMATS, TASKS, check_columns, parse_row, recognise_format
+from lightning_qlora.schema import Completion, Conversation, Message, Origin, PreferenceRow, RowRefused, UnpairedRow
 
 ORIGIN = Origin("rows.jsonl", 7)
 USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
@@ -132,20 +132,56 @@ def test_pair_for_each_task():
     row = parse_row(PAIR, ORIGIN, task="preference")
     assert row == PreferenceRow((HI,), (HELLO,), (Message("assistant", "What?"),), ORIGIN)
 
-    supervised = parse_row(PAIR, ORIGIN, task="sft")
+    supervised = parse_row(PAIR, ORIGIN, task="sft", format="preference")
     assert isinstance(supervised, Conversation)
     assert supervised.messages == (HI, HELLO)
+    assert parse_row(PAIR, ORIGIN, task="unpaired") == row
+
+
+JUDGED = {
+    "texts": {"prompt": "Hi", "completion": "Hello", "label": True},
+    "turns": {"prompt": [USER], "completion": [ASSISTANT], "label": True},
+    "messages": {"messages": [USER, ASSISTANT], "label": True},
+    "a number": {"messages": [USER, ASSISTANT], "label": 1},
+    "sharegpt": {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}], "label": True},
+    "alpaca": {"instruction": "Hi", "output": "Hello", "label": True},
+}
+
+
+@pytest.mark.parametrize("shape", JUDGED)
+def test_judged_answers(shape):
+    for found in (
+        parse_row(JUDGED[shape], ORIGIN, task="unpaired"),
+        parse_row(JUDGED[shape], ORIGIN, task="unpaired", format="unpaired"),
+    ):
+        assert found == UnpairedRow((HI,), (HELLO,), True, ORIGIN)
+
+
+def test_a_judged_answer_ends_a_chat_and_may_call_tools():
+    result = {"role": "tool", "content": "3"}
+    record = {"messages": [USER, ASSISTANT, USER, CALL, result, ASSISTANT], "good": False}
+    row = parse_row(record, ORIGIN, task="unpaired", columns={"label": "good"})
+    assert [message.role for message in row.prompt] == ["user", "assistant", "user"]
+    assert [message.role for message in row.completion] == ["assistant", "tool", "assistant"]
+    assert not row.desirable
+
+
+def test_supervised_runs_learn_answers_that_were_judged_good():
+    row = parse_row({"messages": [USER, ASSISTANT, USER, ASSISTANT], "label": True}, ORIGIN)
+    assert [message.train for message in row.messages] == [None, False, None, None]
+    # A label that is a class says nothing about the answer.
+    assert parse_row({"prompt": "Hi", "completion": "Hello", "label": 2}, ORIGIN).messages == (HI, HELLO)
 
 
 def test_answers_in_the_prompt_of_a_pair_are_context():
     record = {"prompt": [USER, ASSISTANT, USER], "chosen": "Bye", "rejected": "No"}
-    row = parse_row(record, ORIGIN)
+    row = parse_row(record, ORIGIN, format="preference")
     assert [message.train for message in row.messages] == [None, False, None, None]
 
 
 def test_equal_answers_are_no_pair_but_supervise():
     record = {"prompt": "Hi", "chosen": "Hello", "rejected": "Hello"}
-    assert parse_row(record, ORIGIN).messages == (HI, HELLO)
+    assert parse_row(record, ORIGIN, format="preference").messages == (HI, HELLO)
 
 
 COLUMN_CASES = {
@@ -191,6 +227,15 @@ VERDICTS = [
     ("missing-column", {"text": "Hi"}, {"format": "alpaca"}),
     ("missing-column", {"text": "Hi"}, {"format": "messages"}),
     ("not-a-pair", chat(USER, ASSISTANT), {"task": "preference"}),
+    ("not-a-pair", JUDGED["texts"], {"task": "preference"}),
+    ("not-a-pair", {"text": "Hi"}, {"task": "unpaired"}),
+    ("pair-for-supervised-run", PAIR, {}),
+    ("no-label", chat(USER, ASSISTANT), {"task": "unpaired"}),
+    ("no-label", {**JUDGED["texts"], "label": None}, {"task": "unpaired"}),
+    ("bad-label", {**JUDGED["texts"], "label": "good"}, {"task": "unpaired"}),
+    ("bad-label", {**JUDGED["texts"], "label": 0.5}, {"task": "unpaired"}),
+    ("missing-column", {"text": "Hi", "label": True}, {"task": "unpaired", "format": "unpaired"}),
+    ("unwanted-answer", {"messages": [USER, ASSISTANT], "label": False}, {}),
     ("messages-not-list", {"messages": {"role": "user"}}, {}),
     ("messages-not-list", {"messages": "Hi"}, {}),
     ("no-messages", chat(), {}),
@@ -336,14 +381,15 @@ def row_or_verdict(record, shape, task):
 
 
 @settings(max_examples=300, deadline=None)
-@given(record=ROWS, shape=st.sampled_from(FORMATS), task=st.sampled_from(["sft", "preference"]))
+@given(record=ROWS, shape=st.sampled_from(FORMATS), task=st.sampled_from(TASKS))
 def test_any_value_becomes_a_sound_row_or_is_refused(record, shape, task):
     row = row_or_verdict(record, shape, task)
     if isinstance(row, RowRefused):
         assert row.reason in documented_reasons()
         str(row).encode("utf-8")
         return
-    assert isinstance(row, PreferenceRow) == (task == "preference")
+    kinds = {"sft": (Conversation, Completion), "preference": PreferenceRow, "unpaired": (PreferenceRow, UnpairedRow)}
+    assert isinstance(row, kinds[task])
     if isinstance(row, Conversation):
         assert row.messages[-1].role == "assistant"
         for message in row.messages:
