@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 from typing_extensions import override
 
+from lightning_qlora.identity import check_adapter
 from lightning_qlora.kernels.attention import use_document_attention
 from lightning_qlora.loop_state import repair_loops
 from lightning_qlora.model import (
@@ -31,8 +32,9 @@ from lightning_qlora.model import (
     load_base_model,
     untrained_token_ids,
 )
+from lightning_qlora.modules.forward import SupervisedForward
 from lightning_qlora.modules.lr_schedulers import WarmupCosine
-from lightning_qlora.schema import ChatDataModule, PromptBatch
+from lightning_qlora.schema import ChatDataModule, PromptBatch, SFTBatch
 
 __all__ = ["CausalLMModule"]
 
@@ -45,15 +47,17 @@ class CausalLMModule(L.LightningModule):
 
     The base is loaded in ``configure_model``, on each rank's own device, so that building the module is free. Its
     checkpoints hold the trained tensors only. Subclasses say what a step computes; they return the *sum* of their
-    loss and report its token count to :meth:`count_tokens`, and the gradient is divided once per optimizer step by
-    the count of the whole step, over all micro-batches and ranks.
+    loss and report to :meth:`count_terms` how many terms (tokens, pairs) it sums, and the gradient is divided once per
+    optimizer step by the count of the whole step, over all micro-batches and ranks.
 
     Args:
         model_name: The base: a Hugging Face id, a folder, a .gguf file, or package:NAME for a GGUF file that an
             installed Python package carries.
         revision: Branch, tag or commit of a Hugging Face id. Pin it to get the same base every time.
         adapter: A PEFT folder to continue from, instead of fresh adapters. Its own configuration then counts, not
-            ``lora``.
+            ``lora``. One that AdapterCheckpoint published is refused on another base, tokenizer or chat template.
+        allow_mismatch: What may differ from what ``adapter`` was published with, all the same: base, quantization,
+            tokenizer, chat_template.
         lora: PEFT's adapter configuration; every option of peft.LoraConfig works (DoRA, rsLoRA, rank patterns,
             modules_to_save, trainable_token_indices, initialisations).
         quantization: How the base is stored. nf4 is 4-bit with double quantisation, int8 is LLM.int8(), null is none;
@@ -80,6 +84,7 @@ class CausalLMModule(L.LightningModule):
         *,
         revision: str | None = None,
         adapter: str | None = None,
+        allow_mismatch: list[str] | None = None,
         lora: PeftConfig = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),  # noqa: B008
         quantization: BitsAndBytesConfig | Literal["nf4", "int8"] | None = "nf4",
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=2e-4, weight_decay=0.0, fused=True),
@@ -102,6 +107,7 @@ class CausalLMModule(L.LightningModule):
         self.model_name = model_name
         self.revision = revision
         self.adapter = adapter
+        self.allow_mismatch = tuple(allow_mismatch or ())
         self.lora = lora
         self.quantization: Quantization = quantization
         self.optimizer = optimizer
@@ -119,9 +125,9 @@ class CausalLMModule(L.LightningModule):
         self.model: PeftModel | None = None
         self.stop_token_ids: tuple[int, ...] = ()
         self.isolates_documents = False
+        self._supervised_forward: SupervisedForward | None = None
         self._adapter_keys: frozenset[str] = frozenset()
-        self._window_loss: Tensor | None = None
-        self._window_tokens = 0
+        self._window: Tensor | None = None  # sums of the optimizer step under way: loss, terms, extras
 
     # Building
 
@@ -152,6 +158,7 @@ class CausalLMModule(L.LightningModule):
             )
         data = self._chat_data()
         if self.adapter is not None:
+            check_adapter(self.adapter, base, data.tokenizer if data is not None else None, self.allow_mismatch)
             self.model = load_adapter(base, self.adapter, is_trainable=True).train()
         else:
             tokens = self._tokens_to_train(base, data.control_token_ids if data is not None else ())
@@ -161,10 +168,20 @@ class CausalLMModule(L.LightningModule):
         self._set_stop_tokens(base, data.stop_token_ids if data is not None else ())
         # Names are taken before a strategy wraps anything; wrapping renames parameters but not state_dict keys.
         self._adapter_keys = frozenset(name for name, p in self.named_parameters() if p.requires_grad)
+        self._supervised_forward = SupervisedForward(self.model, self.isolates_documents)
         self.on_model_built()
 
     def on_model_built(self) -> None:
         """Hook for subclasses: ``self.model`` has just been built and is not wrapped yet."""
+
+    def supervised_forward(self, batch: SFTBatch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Run the model on a batch; return what predicts its supervised tokens, and the head that reads it.
+
+        Returns:
+            (N, D) hidden states, and a function from (n, D) of them to (n, V) logits.
+        """
+        assert self._supervised_forward is not None, "configure_model has not run"
+        return self._supervised_forward(batch)
 
     def _chat_data(self) -> ChatDataModule | None:
         data = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
@@ -218,37 +235,46 @@ class CausalLMModule(L.LightningModule):
 
     # Exact normalisation
 
-    def count_tokens(self, loss_sum: Tensor, num_tokens: int) -> None:
-        """Add one micro-batch to the running optimizer step: its summed loss and how many tokens it sums over."""
-        loss_sum = loss_sum.detach().float()
-        self._window_loss = loss_sum if self._window_loss is None else self._window_loss + loss_sum
-        self._window_tokens += num_tokens
+    def count_terms(self, loss_sum: Tensor, num_terms: int, *extras: Tensor) -> None:
+        """Add one micro-batch to the running optimizer step.
+
+        Args:
+            loss_sum: Its summed loss.
+            num_terms: How many tokens or pairs it sums over.
+            extras: Further scalars that :meth:`on_step_totals` is given the sums of.
+        """
+        terms = loss_sum.new_tensor(float(num_terms))
+        sums = torch.stack([value.detach().float() for value in (loss_sum, terms, *extras)])
+        self._window = sums if self._window is None else self._window + sums
 
     @override
     def on_train_epoch_start(self) -> None:
-        self._window_loss, self._window_tokens = None, 0
+        self._window = None
 
     @override
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Turn the gradient of summed losses into that of the mean over all supervised tokens of the step.
+        """Turn the gradient of summed losses into that of the mean over all terms of the step.
 
         Lightning has divided each loss by ``accumulate_grad_batches`` (also in a short last window) and the strategy
         averages over ranks; a mean of such means is off by over 20 % on ragged batches (huggingface/transformers#34191,
         Lightning-AI/pytorch-lightning#20350). This hook runs before gradients are clipped.
         """
-        if self._window_loss is None:
+        if self._window is None:
             return
-        totals = torch.stack([self._window_loss, self._window_loss.new_tensor(float(self._window_tokens))])
-        self._window_loss, self._window_tokens = None, 0
+        totals, self._window = self._window, None
         if self.trainer.world_size > 1:
             totals = self.trainer.strategy.reduce(totals, reduce_op="sum")
-        loss_sum, num_tokens = totals[0], totals[1].clamp(min=1.0)
-        scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / num_tokens
+        loss_sum, num_terms = totals[0], totals[1].clamp(min=1.0)
+        scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / num_terms
         for group in optimizer.param_groups:
             gradients = [p.grad for p in group["params"] if p.grad is not None]
             if gradients:
                 torch._foreach_mul_(gradients, scale)
-        self.log("train_loss", loss_sum / num_tokens, prog_bar=True)
+        self.log("train_loss", loss_sum / num_terms, prog_bar=True)
+        self.on_step_totals(totals[2:])
+
+    def on_step_totals(self, extras: Tensor) -> None:
+        """Hook for subclasses: the sums of :meth:`count_terms`' extras over the optimizer step and all ranks."""
 
     @override
     def configure_gradient_clipping(

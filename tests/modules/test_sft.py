@@ -49,8 +49,8 @@ def test_packed_equals_padded_equals_transformers_own_loss(family, tmp_path):
 def test_families_that_scale_their_logits_do_not_take_the_plain_head(tmp_path):
     granite = build(save_tiny_model(tmp_path / "granite", "granite", logits_scaling=4.0))
     llama = build(save_tiny_model(tmp_path / "llama", "llama"))
-    assert not granite._head
-    assert llama._head
+    assert not granite._supervised_forward.head
+    assert llama._supervised_forward.head
 
 
 def test_an_all_masked_batch_contributes_exactly_zero(tmp_path):

@@ -1,0 +1,45 @@
+import pytest
+import torch
+from torch import nn
+
+from lightning_qlora.losses.log_probs import head_log_probs
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("chunk_size", [1, 7, 64])
+def test_each_position_carries_its_own_gradient(frozen, chunk_size):
+    torch.manual_seed(0)
+    head = nn.Linear(16, 50, bias=False).requires_grad_(not frozen)
+    hidden, weights = torch.randn(20, 16, requires_grad=True), torch.randn(20)
+    targets = torch.randint(0, 50, (20,))
+    wanted_for = [hidden, *([] if frozen else [head.weight])]
+
+    log_probs, correct = head_log_probs(hidden, head, targets, chunk_size=chunk_size)
+    found = torch.autograd.grad((log_probs * weights).sum(), wanted_for)
+    expected_log_probs = head(hidden).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    expected = torch.autograd.grad((expected_log_probs * weights).sum(), wanted_for)
+
+    torch.testing.assert_close(log_probs, expected_log_probs, rtol=1e-6, atol=1e-6)
+    assert torch.equal(correct, head(hidden).argmax(-1) == targets)
+    for gradient, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_factors_from_behind_are_not_rounded_to_sixteen_bits():
+    torch.manual_seed(0)
+    head = nn.Linear(16, 50, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    hidden = torch.randn(4, 16, dtype=torch.bfloat16, requires_grad=True)
+    factor = 1 / 3  # 0.3340 in bfloat16: 0.2 % too much
+    ones, thirds = (
+        torch.autograd.grad(head_log_probs(hidden, head, torch.arange(4))[0].sum() * f, hidden)[0] for f in (1, factor)
+    )
+    assert torch.equal(thirds, (ones.float() * factor).bfloat16())
+
+
+def test_no_position_gives_an_empty_result_that_reaches_the_model():
+    hidden = torch.randn(0, 16, requires_grad=True)
+    log_probs, correct = head_log_probs(hidden, nn.Linear(16, 50).requires_grad_(False), torch.empty(0).long())
+    log_probs.sum().backward()
+    assert log_probs.shape == correct.shape == (0,)
+    assert log_probs.dtype == torch.float32
+    assert hidden.grad is not None
