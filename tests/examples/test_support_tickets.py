@@ -20,7 +20,7 @@ MAX_SIMILARITY = 0.5
 
 
 class Ticket(NamedTuple):
-    """One row of any of the three files.
+    """One row of any of the files.
 
     ``words`` are those of the text without its numbers, so that another order number makes no other text.
     """
@@ -48,9 +48,11 @@ def _tickets(name: str) -> list[Ticket]:
     return tickets
 
 
-TRAIN, VALIDATION, QUESTIONS = (_tickets(f"{name}.jsonl") for name in ("train", "validation", "questions"))
-EVERY = TRAIN + VALIDATION + QUESTIONS
-HELD_OUT = [pytest.param(VALIDATION, id="validation"), pytest.param(QUESTIONS, id="questions")]
+FILES = {name: _tickets(f"{name}.jsonl") for name in ("train", "validation", "questions", "fresh_questions")}
+TRAIN, VALIDATION, QUESTIONS, FRESH = FILES.values()
+EVERY = TRAIN + VALIDATION + QUESTIONS + FRESH
+SCORED = ("questions", "fresh_questions")
+HELD_OUT = [pytest.param(FILES[name], id=name) for name in ("validation", *SCORED)]
 
 
 def _similarity(one: Ticket, other: Ticket) -> float:
@@ -59,21 +61,22 @@ def _similarity(one: Ticket, other: Ticket) -> float:
 
 def test_sizes_are_those_of_the_readme() -> None:
     """The README counts the rows; at least 300, 60 and 60 are what the quickstart needs."""
-    assert (len(TRAIN), len(VALIDATION), len(QUESTIONS)) == (660, 60, 60)
+    assert (len(TRAIN), len(VALIDATION), len(QUESTIONS), len(FRESH)) == (660, 60, 60, 60)
     readme = (FOLDER / "README.md").read_text(encoding="utf-8")
     for name, tickets in (("train", TRAIN), ("validation", VALIDATION), ("questions", QUESTIONS)):
         assert f"`{name}.jsonl` | {len(tickets)}" in readme
 
 
-@pytest.mark.parametrize(("name", "roles"), [("train", 3), ("validation", 3), ("questions", 2)])
+@pytest.mark.parametrize(("name", "roles"), [("train", 3), ("validation", 3), ("questions", 2), ("fresh_questions", 2)])
 def test_rows_have_the_messages_shape(name: str, roles: int) -> None:
     for row in _read(f"{name}.jsonl"):
         assert [message["role"] for message in row["messages"]] == ["system", "user", "assistant"][:roles]
         assert all(message["content"] == message["content"].strip() != "" for message in row["messages"])
 
 
-def test_questions_have_what_the_scoring_reads() -> None:
-    rows = _read("questions.jsonl")
+@pytest.mark.parametrize("name", SCORED)
+def test_questions_have_what_the_scoring_reads(name: str) -> None:
+    rows = _read(f"{name}.jsonl")
     assert len({row["id"] for row in rows}) == len(rows)
     for row in rows:
         assert set(row) == {"id", "messages", "reference", "tags", "check"}
@@ -126,7 +129,7 @@ def test_a_missing_order_number_is_really_missing() -> None:
 
 
 def test_labels_are_balanced() -> None:
-    for tickets in (TRAIN, VALIDATION, QUESTIONS):
+    for tickets in FILES.values():
         categories = Counter(ticket.fields["category"] for ticket in tickets)
         assert set(categories.values()) == {len(tickets) // len(CATEGORIES)}
         for category in CATEGORIES:
@@ -137,9 +140,10 @@ def test_labels_are_balanced() -> None:
             assert 0.5 <= present <= 0.85
 
 
-def test_no_constant_answer_scores_more_than_a_few_percent() -> None:
-    commonest = Counter(ticket.answer for ticket in QUESTIONS).most_common(1)[0][1]
-    assert commonest / len(QUESTIONS) <= 0.05
+@pytest.mark.parametrize("name", SCORED)
+def test_no_constant_answer_scores_more_than_a_few_percent(name: str) -> None:
+    commonest = Counter(ticket.answer for ticket in FILES[name]).most_common(1)[0][1]
+    assert commonest / len(FILES[name]) <= 0.05
 
 
 @pytest.mark.parametrize("held_out", HELD_OUT)
@@ -161,15 +165,17 @@ def test_no_held_out_value_combination_stands_in_the_training_rows(held_out: lis
     assert not orders & {number for ticket in TRAIN for number in re.findall(r"\d{5}", ticket.text)}
 
 
-def test_validation_and_questions_are_apart() -> None:
-    assert not {ticket.values for ticket in VALIDATION} & {ticket.values for ticket in QUESTIONS}
-    worst = max((_similarity(one, other), one.text, other.text) for one in VALIDATION for other in QUESTIONS)
+@pytest.mark.parametrize(("name", "other"), list(combinations(("validation", *SCORED), 2)))
+def test_held_out_files_are_apart(name: str, other: str) -> None:
+    assert not {ticket.values for ticket in FILES[name]} & {ticket.values for ticket in FILES[other]}
+    worst = max((_similarity(one, two), one.text, two.text) for one in FILES[name] for two in FILES[other])
     assert worst[0] < MAX_SIMILARITY, worst
 
 
-def test_half_of_the_questions_products_are_new() -> None:
+@pytest.mark.parametrize("name", SCORED)
+def test_half_of_the_questions_products_are_new(name: str) -> None:
     trained = {ticket.values[1] for ticket in TRAIN}
-    named = [ticket.values[1] for ticket in QUESTIONS if ticket.values[1] is not None]
+    named = [ticket.values[1] for ticket in FILES[name] if ticket.values[1] is not None]
     assert sum(product not in trained for product in named) >= len(named) / 2
 
 
