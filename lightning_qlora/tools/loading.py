@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+import torch
 from peft import PeftModel
 from transformers import AutoTokenizer, BitsAndBytesConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -25,6 +26,7 @@ __all__ = [
     "name_folders",
     "plain_model",
     "sampling_options",
+    "to_gpu",
     "trained_base",
 ]
 
@@ -131,6 +133,7 @@ def load_for_answers(
             _load_another(model, name, folder)
         else:
             model = load_adapter(model, folder, name=name)
+    to_gpu(model)
     model.eval()
     _take_stop_tokens(model, folders)
     return model, ChatTemplate(tokenizer, template_kwargs=template_kwargs)
@@ -158,6 +161,12 @@ def plain_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """Return the transformers model under the adapters, if there are any."""
     plain: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model  # type: ignore[assignment]
     return plain
+
+
+def to_gpu(model: PreTrainedModel | PeftModel) -> None:
+    """Move a model to the GPU, if there is one; quantised ones are loaded there."""
+    if torch.cuda.is_available() and not getattr(plain_model(model), "is_quantized", False):
+        model.to("cuda")  # type: ignore[arg-type]
 
 
 def _take_stop_tokens(model: PreTrainedModel | PeftModel, folders: Sequence[Path]) -> None:

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import re
-from importlib.resources import files
 from typing import Any
 
-import jinja2
-
+from lightning_qlora.tools.html import render_document
 from lightning_qlora.tools.inspection import figures
 from lightning_qlora.tools.inspection.charts import draw_histogram
 from lightning_qlora.tools.inspection.findings import Inspection
@@ -18,7 +13,6 @@ from lightning_qlora.tools.inspection.samples import visible
 __all__ = ["render_page"]
 
 _LENGTH_BINS = 40
-_ELEMENT = "<{0}>(.*?)</{0}>"
 
 
 def render_page(inspection: Inspection) -> str:
@@ -27,28 +21,17 @@ def render_page(inspection: Inspection) -> str:
     Args:
         inspection: What was found. Rows come from anywhere, so everything in it counts as hostile.
     """
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters |= {"visible": visible, "count": lambda value: f"{value:,}", "share": figures.share}
-    source = files("lightning_qlora.tools.inspection").joinpath("page.html").read_text(encoding="utf-8")
-    return environment.from_string(source).render(
+    return render_document(
+        "Data inspection",
+        __package__,
+        {"visible": visible, "count": lambda value: f"{value:,}", "share": figures.share},
         found=inspection,
         stages=[_stage(inspection, index) for index in range(len(inspection.stages))],
         template=figures.describe_template(inspection),
         plan=figures.describe_plan(inspection.plan) if inspection.plan else [],
         leakage=[(leakage, figures.describe_leakage(leakage)) for leakage in inspection.leakage],
         tiles=_tiles(inspection),
-        script_hash=_hash_of("script", source),
-        style_hash=_hash_of("style", source),
     )
-
-
-def _hash_of(element: str, source: str) -> str:
-    """Return what a content security policy knows the page's script or style by; neither holds template syntax."""
-    found = re.search(_ELEMENT.format(element), source, re.DOTALL)
-    assert found is not None
-    return base64.b64encode(hashlib.sha256(found.group(1).encode()).digest()).decode()
 
 
 def _stage(inspection: Inspection, index: int) -> dict[str, Any]:
