@@ -149,6 +149,18 @@ def test_activation_checkpointing_recomputes_and_changes_nothing(base):
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+def test_the_head_is_handed_contiguous_states_wherever_only_some_logits_are_kept(base):
+    model = load_base_model(str(base), device=torch.device("cpu"))
+    layouts = []
+    model.get_output_embeddings().register_forward_hook(lambda _, args, __: layouts.append(args[0].is_contiguous()))
+    ids_BL = torch.arange(12).reshape(2, 6)
+    full = model(input_ids=ids_BL).logits
+    torch.testing.assert_close(model(input_ids=ids_BL, logits_to_keep=2).logits, full[:, -2:])
+    model.generate(input_ids=ids_BL, attention_mask=torch.ones_like(ids_BL), max_new_tokens=2, do_sample=False)
+    assert layouts
+    assert all(layouts)
+
+
 def test_untrained_control_tokens_are_found_and_trained(tmp_path):
     folder = save_tiny_model(tmp_path, tied=False)
     model = load_base_model(folder)
