@@ -17,21 +17,40 @@ if TYPE_CHECKING:
         RunSummary,
     )
     from lightning_qlora.data import DataSource, SFTDataModule
-    from lightning_qlora.modules import CausalLMModule, SFTModule, WarmupCosine, WarmupLinear
+    from lightning_qlora.losses import (
+        CPOLoss,
+        DPOLoss,
+        HingeLoss,
+        IPOLoss,
+        KTOLoss,
+        ORPOLoss,
+        RobustDPOLoss,
+        SimPOLoss,
+    )
+    from lightning_qlora.modules import CausalLMModule, PreferenceModule, SFTModule, WarmupCosine, WarmupLinear
 
 __version__ = version("lightning_qlora")
 
 __all__ = [
     "AdapterCheckpoint",
     "AnswerComparison",
+    "CPOLoss",
     "CausalLMModule",
+    "DPOLoss",
     "DataSource",
+    "HingeLoss",
+    "IPOLoss",
+    "KTOLoss",
+    "ORPOLoss",
     "PerformanceMonitor",
     "PredictionWriter",
+    "PreferenceModule",
+    "RobustDPOLoss",
     "RunGuard",
     "RunSummary",
     "SFTDataModule",
     "SFTModule",
+    "SimPOLoss",
     "WarmupCosine",
     "WarmupLinear",
     "__version__",
@@ -47,7 +66,17 @@ _ROOMS = {
         "RunSummary",
     ),
     "data": ("DataSource", "SFTDataModule"),
-    "modules": ("CausalLMModule", "SFTModule", "WarmupCosine", "WarmupLinear"),
+    "losses": (
+        "CPOLoss",
+        "DPOLoss",
+        "HingeLoss",
+        "IPOLoss",
+        "KTOLoss",
+        "ORPOLoss",
+        "RobustDPOLoss",
+        "SimPOLoss",
+    ),
+    "modules": ("CausalLMModule", "PreferenceModule", "SFTModule", "WarmupCosine", "WarmupLinear"),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 

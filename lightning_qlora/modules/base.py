@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import lightning as L
 import torch
@@ -78,6 +78,9 @@ class CausalLMModule(L.LightningModule):
         model_kwargs: Further arguments of transformers' from_pretrained.
     """
 
+    object_arguments: ClassVar[tuple[str, ...]] = ()
+    """Arguments of a subclass that are no plain data, to be kept out of its hyperparameters."""
+
     def __init__(
         self,
         model_name: str,
@@ -103,7 +106,7 @@ class CausalLMModule(L.LightningModule):
         _check_choice("untrained_tokens", untrained_tokens, ("refuse", "auto", "ignore"))
         # Objects do not go into checkpoints, which are read without pickle; what identifies them does, as plain
         # data, in on_save_checkpoint.
-        self.save_hyperparameters(ignore=["lora", "quantization", "optimizer", "lr_scheduler"])
+        self.save_hyperparameters(ignore=["lora", "quantization", "optimizer", "lr_scheduler", *self.object_arguments])
         self.model_name = model_name
         self.revision = revision
         self.adapter = adapter
