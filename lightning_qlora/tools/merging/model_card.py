@@ -1,0 +1,128 @@
+"""The card of a merged or exported model: what it is, what it was trained on, how well it did, what to mind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["model_card"]
+
+_LEFT_OUT = {"adapter", "model_kwargs", "max_new_tokens", "revision", "trust_remote_code", "model_name"}
+
+
+def model_card(name: str, report: Mapping[str, Any], record: Mapping[str, Any], lora: Mapping[str, Any]) -> str:
+    """Write the card.
+
+    Args:
+        name: Of the model: its folder.
+        report: ``merge_report.json``.
+        record: What the adapter's manifest says of the run; empty where it has none.
+        lora: ``adapter_config.json``.
+    """
+    parts = [
+        _front_matter(report),
+        f"# {name}",
+        _what_it_is(report, record, lora),
+        _data(record),
+        _training(record),
+        _metrics(record),
+        _fidelity(report),
+        _limits(report, record),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _front_matter(report: Mapping[str, Any]) -> str:
+    lines = ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- qlora", "- merged"]
+    base = str(report["base"]["name"])
+    if base.count("/") == 1 and not base.startswith((".", "/", "~")):  # a hub id, which the hub links
+        lines.insert(0, f"base_model: {base}")
+    return "\n".join(["---", *lines, "---"])
+
+
+def _what_it_is(report: Mapping[str, Any], record: Mapping[str, Any], lora: Mapping[str, Any]) -> str:
+    base = report["base"]
+    revision = f" at revision `{base['revision']}`" if base.get("revision") else ""
+    onto = {
+        "dequantized": f"the {report['quantization']} weights that the adapter was trained on, dequantised",
+        "original": "the base's original weights",
+    }[report["onto"]]
+    rank = f"rank {lora.get('r')}, alpha {lora.get('lora_alpha')}"
+    kinds = [word for word, option in (("DoRA", "use_dora"), ("rsLoRA", "use_rslora")) if lora.get(option)]
+    return (
+        f"`{base['name']}`{revision} with a LoRA adapter ({', '.join([rank, *kinds])}) merged onto {onto}, "
+        f"stored as {report['dtype']}."
+        + (f" The adapter is that of optimizer step {record['step']}." if "step" in record else "")
+        + "\n\nChat template, stop tokens and tokenizer are those of the training."
+    )
+
+
+def _data(record: Mapping[str, Any]) -> str:
+    stages: Mapping[str, Any] = record.get("data") or {}
+    if not stages:
+        return "## Data\n\nThe adapter's folder does not say what it was trained on."
+    rows = [
+        f"| {stage} | {counts['rows']:,} | {counts['refused']:,} | {counts['tokens']:,} | "
+        f"{counts['supervised_tokens']:,} | {', '.join(counts['sources'])} |"
+        for stage, counts in stages.items()
+    ]
+    return "\n".join(
+        [
+            "## Data",
+            "",
+            "| stage | rows | refused | tokens | supervised | sources |",
+            "|---|---|---|---|---|---|",
+            *rows,
+        ]
+    )
+
+
+def _training(record: Mapping[str, Any]) -> str:
+    options = (record.get("config") or {}).get("module") or {}
+    told = {
+        key: value
+        for key, value in options.items()
+        if value is not None and not key.startswith("_") and key not in _LEFT_OUT
+    }
+    if not told:
+        return ""
+    versions = ", ".join(f"{name} {version}" for name, version in (record.get("versions") or {}).items())
+    lines = [f"- {key}: `{value}`" for key, value in told.items()]
+    return "\n".join(["## Training", "", *lines, f"- versions: {versions}", f"- ranks: {record.get('world_size', 1)}"])
+
+
+def _metrics(record: Mapping[str, Any]) -> str:
+    metrics: Mapping[str, float] = record.get("metrics") or {}
+    if not metrics:
+        return ""
+    rows = [f"| {name} | {value:.4g} |" for name, value in sorted(metrics.items())]
+    return "\n".join(
+        ["## Metrics", "", "When the adapter was published:", "", "| metric | value |", "|---|---|", *rows]
+    )
+
+
+def _fidelity(report: Mapping[str, Any]) -> str:
+    found = report.get("verification")
+    heading = "## Against the trained model\n\n"
+    if not found:
+        return heading + "Not compared with the 4-bit model and its adapter (`merge --verify` does)."
+    return (
+        heading
+        + f"Compared with the {report['quantization']} base and its adapter at {found['num_tokens']:,} positions of "
+        f"{found['num_texts']} texts ({found['texts']}), computed in {found['compute_dtype']}:\n\n"
+        "| mean KL (nats) | max KL | top-1 agreement | max \\|logit difference\\| |\n|---|---|---|---|\n"
+        f"| {found['mean_kl']:.2e} | {found['max_kl']:.2e} | {found['top1_agreement']:.2%} | "
+        f"{found['max_logit_difference']:.2e} |"
+    )
+
+
+def _limits(report: Mapping[str, Any], record: Mapping[str, Any]) -> str:
+    lines = ["The limits and the license of the base hold for this model too."]
+    if report["onto"] == "dequantized" and report["quantization"] != "unquantised":
+        lines.append("Its weights are those of the quantised base: what 4 bits lost is not regained by merging.")
+    if not record.get("metrics"):
+        lines.append("No metrics were recorded; how well it does its task is not known from this folder.")
+    else:
+        lines.append("The metrics above are the training run's own; they say nothing of tasks it did not measure.")
+    lines.append("Quantising it again changes its answers; measure before serving such a copy.")
+    return "\n".join(["## Limits", "", *(f"- {line}" for line in lines)])
