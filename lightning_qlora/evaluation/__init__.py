@@ -16,6 +16,7 @@ from lightning_qlora.evaluation.answers import (
     reference_losses,
     stop_tokens,
 )
+from lightning_qlora.evaluation.metrics import METRICS, Metric, measure
 from lightning_qlora.evaluation.questions import CHECKS, Check, Question, read_questions
 from lightning_qlora.evaluation.scores import (
     Answer,
@@ -28,25 +29,35 @@ from lightning_qlora.evaluation.scores import (
     score_answer,
     summarise,
 )
+from lightning_qlora.evaluation.statistics import Difference, Estimate, Parts, difference, estimate, holm
 
 __all__ = [
     "CHECKS",
+    "METRICS",
     "Answer",
     "AnswerScore",
     "AnswerSheet",
     "AnswerSummary",
     "Check",
+    "Difference",
+    "Estimate",
+    "Metric",
+    "Parts",
     "Question",
     "ReferenceLoss",
     "Verdict",
     "adapters_off",
     "answer_questions",
     "decoding_config",
+    "difference",
     "encode_prompts",
     "encode_references",
+    "estimate",
     "evaluation_mode",
     "generate_answers",
+    "holm",
     "judge",
+    "measure",
     "read_questions",
     "reference_losses",
     "score_answer",

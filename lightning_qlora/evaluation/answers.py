@@ -282,6 +282,7 @@ def answer_questions(
     batch_size: int = 32,
     max_new_tokens: int = 128,
     progress: bool = False,
+    **sampling: Any,
 ) -> AnswerSheet:
     """Answer, score, and measure the references of a list of questions.
 
@@ -293,11 +294,11 @@ def answer_questions(
         batch_size: Questions answered together.
         max_new_tokens: Longest answer, in tokens.
         progress: Whether to show progress bars.
+        sampling: Options of ``transformers.GenerationConfig``; greedy without any.
     """
     title = f"Answers {name}" if progress else None
-    answers = generate_answers(
-        model, chat_template, questions, batch_size=batch_size, max_new_tokens=max_new_tokens, progress=title
-    )
+    options = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "progress": title, **sampling}
+    answers = generate_answers(model, chat_template, questions, **options)
     title = f"References {name}" if progress else None
     losses = reference_losses(model, chat_template, questions, batch_size=batch_size, progress=title)
     scores = [score_answer(question, answer.text) for question, answer in zip(questions, answers, strict=True)]

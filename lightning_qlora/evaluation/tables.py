@@ -13,7 +13,7 @@ from typing import get_args
 from lightning_qlora.evaluation.questions import Question
 from lightning_qlora.evaluation.scores import AnswerSheet, AnswerSummary, Verdict
 
-__all__ = ["pick_rows", "printable", "score_rows", "score_table", "side_by_side", "verdict_line"]
+__all__ = ["draw_table", "pick_rows", "printable", "score_rows", "score_table", "side_by_side", "verdict_line"]
 
 _STYLES: dict[Verdict, str] = {
     "fixed": "green",
@@ -52,16 +52,29 @@ def score_rows(summaries: Sequence[AnswerSummary]) -> list[tuple[str, ...]]:
 
 def score_table(names: Sequence[str], summaries: Sequence[AnswerSummary], *, color: bool = False) -> str:
     """Draw the scores of sheets beside one another."""
-    rows = score_rows(summaries)
-    if importlib.util.find_spec("rich") is not None:
-        from rich.table import Table
+    title = f"Scores on {summaries[0].num_questions} questions"
+    return draw_table(title, ("", *names), score_rows(summaries), color=color)
 
-        table = Table("", *names, title=f"Scores on {summaries[0].num_questions} questions")
+
+def draw_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, color: bool = False) -> str:
+    """Draw a table of short cells.
+
+    Args:
+        title: Stands above it, where rich is installed.
+        columns: The heads of the columns.
+        rows: The cells, row by row.
+        color: Whether the terminal is coloured.
+    """
+    if importlib.util.find_spec("rich") is not None:
+        from rich.table import Column, Table
+        from rich.text import Text
+
+        table = Table(*(Column(Text(column)) for column in columns), title=Text(title))
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))
         return _render(table, color)
-    cells = [("", *names), *rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(names) + 1)]
+    cells = [columns, *rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)
 
 

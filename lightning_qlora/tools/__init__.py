@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from lightning_qlora.tools.compare import compare
 from lightning_qlora.tools.generate import generate
 from lightning_qlora.tools.inspect_data import inspect_data
+from lightning_qlora.tools.merge import merge
 
-__all__ = ["PLANNING_TOOLS", "TOOLS", "generate", "inspect_data"]
+__all__ = ["PLANNING_TOOLS", "TOOLS", "compare", "generate", "inspect_data", "merge"]
 
-TOOLS: dict[str, Callable[..., Any]] = {"generate": generate, "inspect": inspect_data}
+TOOLS: dict[str, Callable[..., Any]] = {
+    "compare": compare,
+    "generate": generate,
+    "inspect": inspect_data,
+    "merge": merge,
+}
 """Subcommands by name. A parameter called model, datamodule or trainer receives that object of the run."""
 
 PLANNING_TOOLS: frozenset[str] = frozenset({"inspect"})

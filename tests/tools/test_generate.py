@@ -2,24 +2,18 @@ from __future__ import annotations
 
 import builtins
 import importlib
-import io
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from jsonargparse import auto_cli
-from peft import LoraConfig
 from tiny import tiny_tokenizer
+from tiny_adapters import write_adapter
 from tiny_models import save_tiny_model
-from transformers import GenerationConfig
 
 from lightning_qlora.data.chat_template import ChatTemplate
 from lightning_qlora.evaluation import Question, generate_answers
-from lightning_qlora.identity import identify
-from lightning_qlora.model import attach_adapters, load_adapter, load_base_model, save_adapter
-from lightning_qlora.publishing import MANIFEST_NAME
-from lightning_qlora.publishing.manifest import dump_manifest, hash_stream
+from lightning_qlora.model import load_adapter, load_base_model
 from lightning_qlora.schema import Message, Origin
 from lightning_qlora.tools import TOOLS, generate
 
@@ -32,25 +26,6 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def base(tokenizer, tmp_path_factory):
     return save_tiny_model(tmp_path_factory.mktemp("base"), tokenizer=tokenizer)
-
-
-def write_adapter(folder: Path, base: str, tokenizer=None, seed: int = 0, quantization="nf4", stop=(), manifest=False):
-    torch.manual_seed(seed)
-    model = load_base_model(base, quantization=quantization)
-    model = attach_adapters(model, LoraConfig(r=4, target_modules="all-linear"))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.5)
-    save_adapter(model, folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-    if stop:
-        GenerationConfig(eos_token_id=list(stop)).save_pretrained(folder)
-    if manifest:
-        records = {path.name: hash_stream(io.BytesIO(path.read_bytes())) for path in folder.iterdir()}
-        content = dump_manifest(1, records, {"identity": identify(model, tokenizer)})
-        (folder / MANIFEST_NAME).write_bytes(content)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
