@@ -16,7 +16,7 @@ if TYPE_CHECKING:
         RunGuard,
         RunSummary,
     )
-    from lightning_qlora.data import DataSource, SFTDataModule
+    from lightning_qlora.data import DataSource, PreferenceDataModule, SFTDataModule
     from lightning_qlora.losses import (
         CPOLoss,
         DPOLoss,
@@ -44,6 +44,7 @@ __all__ = [
     "ORPOLoss",
     "PerformanceMonitor",
     "PredictionWriter",
+    "PreferenceDataModule",
     "PreferenceModule",
     "RobustDPOLoss",
     "RunGuard",
@@ -65,7 +66,7 @@ _ROOMS = {
         "RunGuard",
         "RunSummary",
     ),
-    "data": ("DataSource", "SFTDataModule"),
+    "data": ("DataSource", "PreferenceDataModule", "SFTDataModule"),
     "losses": (
         "CPOLoss",
         "DPOLoss",

@@ -7,6 +7,7 @@ so that a training step never waits for the device.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import IntEnum
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor
 from lightning_qlora.schema import IGNORE_INDEX, PromptBatch, SFTBatch, TokenizedRow
 
 __all__ = [
+    "AnswerKind",
     "Document",
     "PackedCollator",
     "PaddedCollator",
@@ -28,23 +30,40 @@ __all__ = [
 FILLER_ROW_ID = -1
 
 
+class AnswerKind(IntEnum):
+    """What a document's answer is to preference training; stored, so the numbers stay."""
+
+    NONE = 0
+    """Nothing: a row of supervised training, or a filler."""
+    CHOSEN = 1
+    """The preferred answer of a pair; its ``REJECTED`` one is the next document."""
+    REJECTED = 2
+    DESIRABLE = 3
+    """A good answer, judged by itself."""
+    UNDESIRABLE = 4
+    MISMATCHED = 5
+    """An answer to another prompt than the one before it."""
+
+
 class Document(NamedTuple):
-    """One row as the prepared data set keeps it.
+    """One row, or one answer of a row, as the prepared data set keeps it.
 
     Attributes:
         input_ids: (T,) token ids.
         supervised: (S, 2) half-open spans ``[start, end)`` of the supervised tokens, ascending.
         row_id: Its number in the prepared data set; -1 for a filler.
+        kind: What its answer is.
     """
 
     input_ids: npt.NDArray[np.integer]
     supervised: npt.NDArray[np.integer]
     row_id: int
+    kind: AnswerKind = AnswerKind.NONE
 
     @classmethod
-    def from_row(cls, row: TokenizedRow, row_id: int) -> Document:
+    def from_row(cls, row: TokenizedRow, row_id: int, kind: AnswerKind = AnswerKind.NONE) -> Document:
         """Convert a row that :class:`~lightning_qlora.data.chat_template.ChatTemplate` encoded."""
-        return cls(np.asarray(row.input_ids, dtype=np.int32), spans_of(row.supervised), row_id)
+        return cls(np.asarray(row.input_ids, dtype=np.int32), spans_of(row.supervised), row_id, kind)
 
     @classmethod
     def filler(cls, token_id: int = 0) -> Document:
@@ -86,20 +105,31 @@ class PackedCollator:
         input_ids     a a a b b c c c c
         position_ids  0 1 2 0 1 0 1 2 3
         cu_seq_lens   0     3   5       9
+
+    A document that goes on from another one's beginning (``shared``) is laid down without it: see
+    :class:`~lightning_qlora.schema.PreferenceBatch`.
     """
 
     def __init__(self, *, pad_to_multiple_of: int | None = None, pad_token_id: int = 0) -> None:
         self.pad_to_multiple_of = _check_multiple(pad_to_multiple_of)
         self.pad_token_id = pad_token_id
 
-    def __call__(self, documents: Sequence[Document]) -> SFTBatch:
-        """Return the packed batch of the documents, in their order."""
-        documents = [*documents, *self._filler(sum(len(d.input_ids) for d in documents))]
-        lengths = np.asarray([len(d.input_ids) for d in documents], dtype=np.int64)
+    def __call__(self, documents: Sequence[Document], shared: Sequence[int] | None = None) -> SFTBatch:
+        """Return the packed batch of the documents, in their order.
+
+        Args:
+            documents: What to pack; a filler may be added.
+            shared: How many tokens each has in common with the nearest document before it that has a 0 here.
+        """
+        left_out = np.zeros(len(documents), dtype=np.int64) if shared is None else np.asarray(shared, dtype=np.int64)
+        filler = self._filler(sum(len(d.input_ids) for d in documents) - int(left_out.sum()))
+        documents = [*documents, *filler]
+        left_out = np.pad(left_out, (0, len(filler)))
+        lengths = np.asarray([len(d.input_ids) for d in documents], dtype=np.int64) - left_out
         bounds = np.concatenate(([0], np.cumsum(lengths)))
-        ids_T = np.concatenate([d.input_ids for d in documents]).astype(np.int64)
-        position_T = np.arange(len(ids_T), dtype=np.int64) - np.repeat(bounds[:-1], lengths)
-        labels_BL, positions_N, targets_N = _supervision(documents, bounds[:-1], ids_T, (1, len(ids_T)))
+        ids_T = np.concatenate([d.input_ids[n:] for d, n in zip(documents, left_out, strict=True)]).astype(np.int64)
+        position_T = np.arange(len(ids_T), dtype=np.int64) - np.repeat(bounds[:-1] - left_out, lengths)
+        labels_BL, positions_N, targets_N = _supervision(documents, bounds[:-1], left_out, ids_T, (1, len(ids_T)))
         return SFTBatch(
             input_ids=torch.from_numpy(ids_T)[None],
             position_ids=torch.from_numpy(position_T)[None],
@@ -146,7 +176,8 @@ class PaddedCollator:
             ids_BL[row, : lengths[row]] = document.input_ids
             mask_BL[row, : lengths[row]] = 1
         starts = np.arange(len(documents), dtype=np.int64) * width
-        labels_BL, positions_N, targets_N = _supervision(documents, starts, ids_BL.reshape(-1), ids_BL.shape)
+        none = np.zeros_like(starts)
+        labels_BL, positions_N, targets_N = _supervision(documents, starts, none, ids_BL.reshape(-1), ids_BL.shape)
         return SFTBatch(
             input_ids=torch.from_numpy(ids_BL),
             position_ids=torch.arange(width).expand(len(documents), width).contiguous(),
@@ -184,6 +215,7 @@ class PromptCollator:
 def _supervision(
     documents: Sequence[Document],
     starts: npt.NDArray[np.int64],
+    left_out: npt.NDArray[np.int64],
     ids_T: npt.NDArray[np.int64],
     shape: tuple[int, ...],
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -192,20 +224,26 @@ def _supervision(
     Args:
         documents: The K documents.
         starts: (K,) where each begins among the T flattened positions.
+        left_out: (K,) how many tokens each goes on from, of the nearest document before it with a 0.
         ids_T: The flattened token ids.
         shape: (B, L), of the labels.
     """
-    spans = [d.supervised.astype(np.int64) + start for d, start in zip(documents, starts, strict=True)]
+    offsets = starts - left_out
+    spans = [d.supervised.astype(np.int64) + offset for d, offset in zip(documents, offsets, strict=True)]
     supervised_N = expand_spans(np.concatenate(spans))
     # Nothing comes before a document's first token to predict it from; the position before it, if there is one,
     # belongs to another document.
-    supervised_N = supervised_N[~np.isin(supervised_N, starts)]
+    supervised_N = supervised_N[~np.isin(supervised_N, starts[left_out == 0])]
     targets_N = ids_T[supervised_N]
     labels_T = np.full(len(ids_T), IGNORE_INDEX, dtype=np.int64)
     labels_T[supervised_N] = targets_N
+    before_T = np.arange(-1, len(ids_T) - 1)
+    branches = np.flatnonzero(left_out)
+    trunks = np.maximum.accumulate(np.where(left_out == 0, np.arange(len(left_out)), 0))[branches]
+    before_T[starts[branches]] = starts[trunks] + left_out[branches] - 1
     return (
         torch.from_numpy(labels_T.reshape(shape)),
-        torch.from_numpy(supervised_N - 1),
+        torch.from_numpy(before_T[supervised_N]),
         torch.from_numpy(targets_N),
     )
 

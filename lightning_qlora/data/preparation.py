@@ -30,11 +30,12 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from lightning_qlora.data.chat_template import ChatTemplate
 from lightning_qlora.data.collators import Document
+from lightning_qlora.data.formats import ParsedRow, Task
 from lightning_qlora.data.prepared import DOCUMENTS_FILE, DocumentWriter, PreparedDocuments
 from lightning_qlora.data.report import PreparationReport, SourceReport
 from lightning_qlora.data.sources import DataSource, Sources, as_sources, read_rows, source_fingerprint
-from lightning_qlora.data.truncation import OverlongPolicy, fit_rows
-from lightning_qlora.schema import Origin, PreferenceRow, Row, RowRefused
+from lightning_qlora.data.truncation import Fitted, OverlongPolicy, fit_rows
+from lightning_qlora.schema import Origin, RowRefused
 
 __all__ = ["Prepared", "RowEncoder", "prepare"]
 
@@ -45,7 +46,7 @@ CHUNK_ROWS = 512
 
 
 class EncodedChunk(NamedTuple):
-    """Some rows of one source after tokenising: the usable ones as documents, all of them counted."""
+    """Some rows of one source after tokenising: the usable ones as documents with their places, all of them counted."""
 
     part: int
     documents: list[Document]
@@ -67,15 +68,24 @@ class RowEncoder:
     max_length: int = 2048
     overlong: OverlongPolicy = "drop_oldest_turns"
 
-    def __call__(self, part: int, rows: Sequence[Row]) -> EncodedChunk:
+    @property
+    def task(self) -> Task:
+        """What the rows are read for."""
+        return "sft"
+
+    def fit(self, rows: Sequence[Any], max_length: int) -> Sequence[Fitted]:
+        """Tokenise rows of the task, and bring those that are too long down to a limit."""
+        return fit_rows(self.chat, rows, max_length, self.overlong)
+
+    def __call__(self, part: int, rows: Sequence[ParsedRow]) -> EncodedChunk:
         """Encode rows of the source ``part``, in their order."""
         report = SourceReport("")
         documents, origins = [], []
-        for shortened in fit_rows(self.chat, rows, self.max_length, self.overlong):
-            report.add(shortened)
-            if not isinstance(shortened.result, RowRefused):
-                documents.append(Document.from_row(shortened.result, -1))
-                origins.append(shortened.result.origin)
+        for fitted in self.fit(rows, self.max_length):
+            report.add(fitted)
+            for encoded, kind in fitted.documents:
+                documents.append(Document.from_row(encoded, -1, kind))
+                origins.append(encoded.origin)
         return EncodedChunk(part, documents, origins, report)
 
     def identity(self) -> dict[str, str]:
@@ -83,6 +93,7 @@ class RowEncoder:
         chat, tokenizer = self.chat, self.chat.tokenizer
         special = {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())}
         return {
+            "task": self.task,
             "tokenizer": _digest(tokenizer.backend_tokenizer.to_str(), special),
             "chat_template": _digest(tokenizer.chat_template, chat.template_kwargs),
             "length_and_supervision_policy": _digest(
@@ -117,9 +128,10 @@ def prepare(
 ) -> Prepared:
     """Return the prepared rows of the sources: from the cache, or made now.
 
-    The cache key covers the content of the data, the tokenizer, the chat template, the length and supervision
-    policy, and the code of this package's data room, so a changed one prepares anew. A set is written into a hidden
-    folder and renamed when it is complete; processes that want the same set wait for the first and read what it made.
+    The cache key covers the content of the data, what it is read for, the tokenizer, the chat template, the length and
+    supervision policy, and the code of this package's data room, so a changed one prepares anew. A set is written into
+    a hidden folder and renamed when it is complete; processes that want the same set wait for the first and read what
+    it made.
 
     Args:
         sources: What to read.
@@ -220,9 +232,10 @@ def _build(
         names = _write_documents(staging / DOCUMENTS_FILE, parts, encoder, report, num_proc, name)
         documents = PreparedDocuments(staging / DOCUMENTS_FILE, names)
         report.describe_lengths(documents.lengths)
-        report.num_duplicates = len(documents) - len(np.unique(documents.digests))
+        num_rows = len(documents.row_offsets) - 1
+        report.num_duplicates = num_rows - len(np.unique(documents.digests))
         report.check()
-        assert report.rows_kept == len(documents)
+        assert report.rows_kept == num_rows
         manifest = {
             "identity": identity,
             "num_bytes": (staging / DOCUMENTS_FILE).stat().st_size,
@@ -252,15 +265,14 @@ def _write_documents(
     writer = DocumentWriter(path)
     with tqdm(desc=f"Preparing {name}", unit=" rows", disable=None) as progress:
 
-        def chunks() -> Iterator[tuple[int, list[Row]]]:
+        def chunks() -> Iterator[tuple[int, list[ParsedRow]]]:
             for part, source in enumerate(parts):
-                rows: list[Row] = []
-                for row in read_rows(source):
+                rows: list[ParsedRow] = []
+                for row in read_rows(source, encoder.task):
                     if isinstance(row, RowRefused):
                         report.sources[part].refuse(row)
                         progress.update()
                         continue
-                    assert not isinstance(row, PreferenceRow)  # the default task reads none
                     rows.append(row)
                     if len(rows) == CHUNK_ROWS:
                         yield part, rows
@@ -279,7 +291,7 @@ def _write_documents(
 
 
 def _encode_in_order(
-    chunks: Iterable[tuple[int, list[Row]]], encoder: RowEncoder, num_proc: int
+    chunks: Iterable[tuple[int, list[ParsedRow]]], encoder: RowEncoder, num_proc: int
 ) -> Iterator[EncodedChunk]:
     """Encode the chunks, here or in worker processes, and yield them in their order.
 
@@ -308,7 +320,7 @@ def _start_worker(encoder: RowEncoder) -> None:
     _worker_encoder = encoder
 
 
-def _encode_in_worker(part: int, rows: list[Row]) -> EncodedChunk:
+def _encode_in_worker(part: int, rows: list[ParsedRow]) -> EncodedChunk:
     assert _worker_encoder is not None
     return _worker_encoder(part, rows)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -12,10 +13,10 @@ import numpy.typing as npt
 import pyarrow as pa
 from typing_extensions import override
 
-from lightning_qlora.data.collators import Document
+from lightning_qlora.data.collators import AnswerKind, Document
 from lightning_qlora.schema import Origin
 
-__all__ = ["DocumentWriter", "PreparedDocuments", "content_digest"]
+__all__ = ["DocumentWriter", "Documents", "PreparedDocuments", "content_digest"]
 
 DOCUMENTS_FILE = "documents.arrow"
 
@@ -26,7 +27,8 @@ SCHEMA = pa.schema(
         ("part", pa.int16()),  # which entry of the mix
         ("source", pa.int32()),  # which file or data set, an index into the names kept beside
         ("line", pa.int64()),
-        ("digest", pa.uint64()),
+        ("digest", pa.uint64()),  # of the whole row, the same for all its answers
+        ("kind", pa.int8()),  # AnswerKind
     ]
 )
 
@@ -65,7 +67,8 @@ class DocumentWriter:
             pa.array(np.full(count, part, dtype=np.int16)),
             pa.array(np.asarray(sources, dtype=np.int32)),
             pa.array(np.asarray([o.line for o in origins], dtype=np.int64)),
-            pa.array(np.asarray([content_digest(d.input_ids.astype(np.int32)) for d in documents], dtype=np.uint64)),
+            pa.array(np.asarray(_row_digests(documents), dtype=np.uint64)),
+            pa.array(np.asarray([d.kind for d in documents], dtype=np.int8)),
         ]
         self._writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
 
@@ -75,8 +78,23 @@ class DocumentWriter:
         self._sink.close()
 
 
-class PreparedDocuments(Sequence[Document]):
+class Documents(Sequence[Document]):
+    """Numbered documents that batches are made of."""
+
+    @property
+    @abstractmethod
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each document."""
+
+    @abstractmethod
+    def origin(self, index: int) -> Origin:
+        """Return where a document was read: the file and line to name in messages."""
+
+
+class PreparedDocuments(Documents):
     """The documents of a prepared data set; token ids stay on disk until a batch needs them.
+
+    A row is one document, or a pair of them: the chosen answer and the rejected one behind it.
 
     Pickles as its path, so that loader workers map the file themselves.
 
@@ -94,6 +112,8 @@ class PreparedDocuments(Sequence[Document]):
         rows_per_chunk = [len(offsets) - 1 for offsets, _ in self._ids]
         self._chunk_starts = np.concatenate(([0], np.cumsum(rows_per_chunk, dtype=np.int64)))
         self._table = table
+        self.kinds: npt.NDArray[np.int8] = np.asarray(table["kind"].to_numpy(), dtype=np.int8)
+        """:class:`~lightning_qlora.data.collators.AnswerKind` of each document."""
 
     @override
     def __len__(self) -> int:
@@ -112,11 +132,17 @@ class PreparedDocuments(Sequence[Document]):
         chunk = int(np.searchsorted(self._chunk_starts, index, side="right")) - 1
         row = index - int(self._chunk_starts[chunk])
         ids = _row(self._ids[chunk], row)
-        return Document(ids, _row(self._spans[chunk], row).reshape(-1, 2), index)
+        kind = AnswerKind(self.kinds[index])
+        return Document(ids, _row(self._spans[chunk], row).reshape(-1, 2), index, kind)
 
     @property
+    def row_offsets(self) -> npt.NDArray[np.int64]:
+        """Where each row begins among the documents, and the end: one more than there are rows."""
+        return np.append(np.flatnonzero(self.kinds != AnswerKind.REJECTED), len(self)).astype(np.int64)
+
+    @property
+    @override
     def lengths(self) -> npt.NDArray[np.int64]:
-        """Tokens of each document."""
         return self._per_row(self._ids, lambda offsets, _: np.diff(offsets))
 
     @property
@@ -131,8 +157,19 @@ class PreparedDocuments(Sequence[Document]):
         return self._per_row(self._spans, count)
 
     @property
+    def prompt_lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each document before its first supervised one; each has one."""
+        return self._per_row(self._spans, lambda offsets, values: values[offsets[:-1]])
+
+    @property
+    def spans(self) -> npt.NDArray[np.int32]:
+        """The supervised spans of all documents, one after the other: start, end, start, end, ..."""
+        parts = [values[offsets[0] : offsets[-1]] for offsets, values in self._spans]
+        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)
+
+    @property
     def digests(self) -> npt.NDArray[np.uint64]:
-        """:func:`content_digest` of each document."""
+        """For each document the :func:`content_digest` of its row."""
         return np.asarray(self._table["digest"].to_numpy(), dtype=np.uint64)
 
     @property
@@ -140,8 +177,8 @@ class PreparedDocuments(Sequence[Document]):
         """The entry of the mix that each document came from."""
         return np.asarray(self._table["part"].to_numpy(), dtype=np.int16)
 
+    @override
     def origin(self, index: int) -> Origin:
-        """Return where a document was read: the file and line to name in messages."""
         source = self._table["source"][index].as_py()
         return Origin(self.sources[source], self._table["line"][index].as_py())
 
@@ -151,6 +188,17 @@ class PreparedDocuments(Sequence[Document]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (type(self), (self.path, self.sources))
+
+
+def _row_digests(documents: Sequence[Document]) -> list[int]:
+    digests: list[int] = []
+    for index, document in enumerate(documents):
+        ids = document.input_ids.astype(np.int32)
+        if document.kind is AnswerKind.REJECTED:
+            digests[-1:] = [content_digest(np.concatenate((documents[index - 1].input_ids.astype(np.int32), ids)))] * 2
+        else:
+            digests.append(content_digest(ids))
+    return digests
 
 
 _Views = tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]

@@ -10,10 +10,11 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from lightning_qlora.data.truncation import OUTCOMES, Shortened
+from lightning_qlora.data.collators import AnswerKind
+from lightning_qlora.data.truncation import OUTCOMES, Fitted
 from lightning_qlora.schema import RowRefused
 
-__all__ = ["LENGTH_STEP", "PERCENTILES", "PreparationReport", "SourceReport"]
+__all__ = ["LENGTH_STEP", "PERCENTILES", "AnswerLengths", "PreparationReport", "SourceReport"]
 
 LENGTH_STEP = 32
 """Width of a step of the length histogram, in tokens. Any limit that is a multiple of it is answered exactly."""
@@ -23,6 +24,70 @@ K = TypeVar("K", int, str)
 PERCENTILES = (5, 25, 50, 75, 95, 99, 100)
 
 _EXAMPLES_PER_REASON = 3
+
+
+@dataclass
+class AnswerLengths:
+    """How long good and bad answers are: a model may learn length from a difference, rather than what was meant.
+
+    Attributes:
+        num_chosen: Preferred (or desirable) answers.
+        num_rejected: Rejected (or undesirable) answers.
+        chosen_tokens: Supervised tokens of the former.
+        rejected_tokens: Supervised tokens of the latter.
+        num_pairs: Rows that hold both.
+        chosen_longer: Pairs whose chosen answer is the longer one.
+        rejected_longer: Pairs whose rejected answer is.
+    """
+
+    num_chosen: int = 0
+    num_rejected: int = 0
+    chosen_tokens: int = 0
+    rejected_tokens: int = 0
+    num_pairs: int = 0
+    chosen_longer: int = 0
+    rejected_longer: int = 0
+
+    @property
+    def mean_chosen_tokens(self) -> float:
+        """Mean length of a preferred answer, in tokens."""
+        return self.chosen_tokens / max(1, self.num_chosen)
+
+    @property
+    def mean_rejected_tokens(self) -> float:
+        """Mean length of a rejected answer, in tokens."""
+        return self.rejected_tokens / max(1, self.num_rejected)
+
+    @property
+    def chosen_longer_share(self) -> float:
+        """Share of the pairs whose chosen answer is the longer one, from 0 to 1."""
+        return self.chosen_longer / max(1, self.num_pairs)
+
+    @property
+    def rejected_longer_share(self) -> float:
+        """Share of the pairs whose rejected answer is the longer one."""
+        return self.rejected_longer / max(1, self.num_pairs)
+
+    def add(self, answers: Iterable[tuple[AnswerKind, int]]) -> None:
+        """Count the answers of a row: what each is, and its supervised tokens."""
+        lengths = dict(answers)
+        for kind, length in lengths.items():
+            if kind in (AnswerKind.CHOSEN, AnswerKind.DESIRABLE):
+                self.num_chosen += 1
+                self.chosen_tokens += length
+            elif kind in (AnswerKind.REJECTED, AnswerKind.UNDESIRABLE):
+                self.num_rejected += 1
+                self.rejected_tokens += length
+        if AnswerKind.CHOSEN in lengths:
+            difference = lengths[AnswerKind.CHOSEN] - lengths[AnswerKind.REJECTED]
+            self.num_pairs += 1
+            self.chosen_longer += difference > 0
+            self.rejected_longer += difference < 0
+
+    def merge(self, other: AnswerLengths) -> None:
+        """Add the counts of some more rows."""
+        for name, count in asdict(other).items():
+            setattr(self, name, getattr(self, name) + count)
 
 
 @dataclass
@@ -39,7 +104,9 @@ class SourceReport:
             ``cut-end``, ``too-long``. Rows that were refused before they had a length are in none.
         num_tokens: Tokens of the kept rows.
         num_supervised_tokens: The supervised ones among them.
-        full_lengths: Rows by their length before the policy, in steps: the key is the upper bound of the step.
+        full_lengths: Rows by their length before the policy, in steps: the key is the upper bound of the step. The
+            length of a pair is that of its longer side.
+        answers: How long the answers of preference data are; all zero for others.
     """
 
     name: str
@@ -51,6 +118,7 @@ class SourceReport:
     num_tokens: int = 0
     num_supervised_tokens: int = 0
     full_lengths: dict[int, int] = field(default_factory=dict)
+    answers: AnswerLengths = field(default_factory=AnswerLengths)
 
     def refuse(self, refusal: RowRefused) -> None:
         """Count a row that cannot be used."""
@@ -61,19 +129,21 @@ class SourceReport:
             example = {"reason": refusal.reason, "place": str(refusal.origin), "detail": refusal.detail}
             self.examples.append(example)
 
-    def add(self, row: Shortened) -> None:
-        """Count a row that was tokenised."""
+    def add(self, row: Fitted) -> None:
+        """Count a row that was tokenised; two answers to one prompt are one row."""
         if row.outcome is not None:
             self.truncation[row.outcome] = self.truncation.get(row.outcome, 0) + 1
             step = -(-row.full_length // LENGTH_STEP) * LENGTH_STEP
             self.full_lengths[step] = self.full_lengths.get(step, 0) + 1
-        if isinstance(row.result, RowRefused):
-            self.refuse(row.result)
+        if row.refusal is not None:
+            self.refuse(row.refusal)
             return
         self.rows_read += 1
         self.rows_kept += 1
-        self.num_tokens += len(row.result.input_ids)
-        self.num_supervised_tokens += row.result.supervised.count(True)
+        supervised = [(kind, encoded.supervised.count(True)) for encoded, kind in row.documents]
+        self.num_tokens += sum(len(encoded.input_ids) for encoded, _ in row.documents)
+        self.num_supervised_tokens += sum(count for _, count in supervised)
+        self.answers.add(supervised)
 
     def merge(self, other: SourceReport) -> None:
         """Add the counts of some more rows of this source."""
@@ -88,6 +158,7 @@ class SourceReport:
         self.rows_kept += other.rows_kept
         self.num_tokens += other.num_tokens
         self.num_supervised_tokens += other.num_supervised_tokens
+        self.answers.merge(other.answers)
 
 
 @dataclass
@@ -99,7 +170,7 @@ class PreparationReport:
         max_length: The limit, in tokens.
         overlong: The policy for rows above it.
         sources: One account for each source, in their order.
-        length_percentiles: Tokens of the kept rows at each of :data:`PERCENTILES`.
+        length_percentiles: Tokens of the kept rows (of each answer with its prompt) at each of :data:`PERCENTILES`.
         num_duplicates: Kept rows whose tokens equal an earlier row's.
         packing: How the training rows share batches (``batches``, ``efficiency``, ``tokens_per_batch``), once known.
     """
@@ -149,6 +220,14 @@ class PreparationReport:
         return [example for s in self.sources for example in s.examples]
 
     @property
+    def answers(self) -> AnswerLengths:
+        """How long the answers of preference data are."""
+        total = AnswerLengths()
+        for source in self.sources:
+            total.merge(source.answers)
+        return total
+
+    @property
     def full_lengths(self) -> dict[int, int]:
         """Rows by their length before the policy, in steps of :data:`LENGTH_STEP` tokens."""
         return dict(sorted(_sum(*(s.full_lengths for s in self.sources)).items()))
@@ -185,7 +264,12 @@ class PreparationReport:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PreparationReport:
         """Return the report that :meth:`to_dict` wrote, also after JSON turned numeric keys into text."""
-        sources = [SourceReport(**{**s, "full_lengths": _int_keys(s["full_lengths"])}) for s in values["sources"]]
+        sources = [
+            SourceReport(
+                **{**s, "full_lengths": _int_keys(s["full_lengths"]), "answers": AnswerLengths(**s["answers"])}
+            )
+            for s in values["sources"]
+        ]
         percentiles = _int_keys(values["length_percentiles"])
         return cls(**{**values, "sources": sources, "length_percentiles": percentiles})
 

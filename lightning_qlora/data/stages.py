@@ -25,7 +25,7 @@ class StageRows(NamedTuple):
 
     Attributes:
         prepared: The prepared set that holds them.
-        rows: Their numbers in it; a row of weight 2 stands there twice.
+        rows: Their numbers in it; a row of weight 2 stands there twice. A pair of answers is one row.
     """
 
     prepared: Prepared
@@ -76,13 +76,14 @@ class PreparedStages:
         if stage in self._rows:
             return
         prepared = self.prepare(stage)
-        everything = np.arange(len(prepared.documents))
+        first = prepared.documents.row_offsets[:-1]
+        everything = np.arange(len(first))
         if stage != "train":
             self._rows[stage] = StageRows(prepared, everything)
             return
-        rows = weigh_rows(prepared.documents.parts, self.weights, seed=self.seed)
+        rows = weigh_rows(prepared.documents.parts[first], self.weights, seed=self.seed)
         if self.validation_fraction:
-            held_out = hold_out(prepared.documents.digests, self.validation_fraction, seed=self.seed)
+            held_out = hold_out(prepared.documents.digests[first], self.validation_fraction, seed=self.seed)
             self._rows["validation"] = StageRows(prepared, everything[held_out])
             rows = rows[~held_out[rows]]
         if not len(rows):
@@ -111,5 +112,8 @@ class PreparedStages:
         """Count the distinct validation rows whose content is also trained on."""
         if "train" not in self._rows or "validation" not in self._rows:
             return 0
-        digests = [rows.prepared.documents.digests[rows.rows] for rows in (self["train"], self["validation"])]
+        digests = []
+        for prepared, rows in (self["train"], self["validation"]):
+            documents = prepared.documents
+            digests.append(documents.digests[documents.row_offsets[:-1][rows]])
         return len(np.intersect1d(digests[0], digests[1]))

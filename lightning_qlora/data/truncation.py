@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Literal, NamedTuple, Protocol, TypeAlias, get_args
+from typing import Literal, NamedTuple, Protocol, TypeAlias, TypeVar, get_args
 
+from lightning_qlora.data.collators import AnswerKind
 from lightning_qlora.schema import Conversation, Message, Row, RowRefused, TokenizedRow
 
-__all__ = ["OUTCOMES", "OVERLONG_POLICIES", "Outcome", "OverlongPolicy", "Shortened", "drop_oldest", "fit_rows"]
+__all__ = [
+    "OUTCOMES",
+    "OVERLONG_POLICIES",
+    "Fitted",
+    "Outcome",
+    "OverlongPolicy",
+    "Shortened",
+    "cut",
+    "drop_oldest",
+    "drop_until_it_fits",
+    "fit_rows",
+    "split_exchanges",
+]
+
+T = TypeVar("T")
 
 OverlongPolicy: TypeAlias = Literal["drop_oldest_turns", "drop_row", "keep_start", "keep_end"]
 OVERLONG_POLICIES: tuple[OverlongPolicy, ...] = get_args(OverlongPolicy)
@@ -27,6 +42,26 @@ class Encoder(Protocol):
         """Return the tokens of each row, or its refusal."""
 
 
+class Fitted(Protocol):
+    """A row after the length policy: what is counted, and what is stored."""
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """What the policy did; ``None`` for a row that was refused before its length was known."""
+
+    @property
+    def full_length(self) -> int:
+        """The tokens that the limit is held against, before the policy; 0 for such a row."""
+
+    @property
+    def refusal(self) -> RowRefused | None:
+        """Why the row cannot be used."""
+
+    @property
+    def documents(self) -> tuple[tuple[TokenizedRow, AnswerKind], ...]:
+        """What is stored of it, if it can."""
+
+
 class Shortened(NamedTuple):
     """One row after the length policy.
 
@@ -39,6 +74,16 @@ class Shortened(NamedTuple):
     result: TokenizedRow | RowRefused
     outcome: Outcome | None
     full_length: int
+
+    @property
+    def refusal(self) -> RowRefused | None:
+        """Why the row cannot be used."""
+        return self.result if isinstance(self.result, RowRefused) else None
+
+    @property
+    def documents(self) -> tuple[tuple[TokenizedRow, AnswerKind], ...]:
+        """What is stored of the row; nothing of a refused one."""
+        return ((self.result, AnswerKind.NONE),) if isinstance(self.result, TokenizedRow) else ()
 
 
 def fit_rows(
@@ -77,11 +122,15 @@ def _shorten(encoder: Encoder, row: Row, encoded: TokenizedRow, max_length: int,
     if full_length <= max_length:
         return Shortened(encoded, "fits", full_length)
     if overlong == "keep_start":
-        return Shortened(_cut(encoded, slice(None, max_length)), "cut-end", full_length)
+        return Shortened(cut(encoded, slice(None, max_length)), "cut-end", full_length)
     if overlong == "keep_end":
-        return Shortened(_cut(encoded, slice(-max_length, None)), "cut-start", full_length)
+        return Shortened(cut(encoded, slice(-max_length, None)), "cut-start", full_length)
     if overlong == "drop_oldest_turns" and isinstance(row, Conversation):
-        shortened = _drop_until_it_fits(encoder, row, max_length)
+        shortened = drop_until_it_fits(
+            len(split_exchanges(row.messages)[1]),
+            lambda dropped: encoder.encode(drop_oldest(row, dropped)),
+            lambda candidate: len(candidate.input_ids) <= max_length,
+        )
         if shortened is not None:
             return Shortened(shortened, "turns-dropped", full_length)
     what = (
@@ -94,26 +143,32 @@ def _shorten(encoder: Encoder, row: Row, encoded: TokenizedRow, max_length: int,
     return Shortened(RowRefused("too-long", detail, row.origin), "too-long", full_length)
 
 
-def _drop_until_it_fits(encoder: Encoder, row: Conversation, max_length: int) -> TokenizedRow | RowRefused | None:
+def drop_until_it_fits(
+    num_exchanges: int, encode: Callable[[int], T], fits: Callable[[T], bool]
+) -> T | RowRefused | None:
     """Drop as few of the oldest exchanges as it takes; ``None`` if even the last one alone is too long.
 
     Each try renders the chat anew, because a template may write other turns differently once the first is gone.
     The number of exchanges is found by bisection: a chat of 100 turns takes 7 renders.
+
+    Args:
+        num_exchanges: That there are.
+        encode: Returns the tokens without so many of the oldest, or raises ``RowRefused``.
+        fits: Whether tokens are within the limit.
     """
-    exchanges = split_exchanges(row.messages)[1]
-    best: TokenizedRow | RowRefused | None = None
-    fewest, most = 1, len(exchanges) - 1
+    best: T | RowRefused | None = None
+    fewest, most = 1, num_exchanges - 1
     while fewest <= most:
         dropped = (fewest + most) // 2
         try:
-            candidate = encoder.encode(drop_oldest(row, dropped))
+            candidate = encode(dropped)
         except RowRefused as refusal:
             # What remains cannot be used, for instance because only earlier turns were to be supervised. Fewer
             # dropped turns may still do.
-            best = best if isinstance(best, TokenizedRow) else refusal
+            best = refusal if best is None or isinstance(best, RowRefused) else best
             most = dropped - 1
             continue
-        if len(candidate.input_ids) <= max_length:
+        if fits(candidate):
             best, most = candidate, dropped - 1
         else:
             fewest = dropped + 1
@@ -151,7 +206,8 @@ def split_exchanges(
     return tuple(messages[:start]), tuple(tuple(exchange) for exchange in exchanges)
 
 
-def _cut(row: TokenizedRow, kept: slice) -> TokenizedRow | RowRefused:
+def cut(row: TokenizedRow, kept: slice) -> TokenizedRow | RowRefused:
+    """Keep some tokens of a row; it is refused if none that is left is supervised."""
     supervised = row.supervised[kept]
     supervised[0] = False  # nothing comes before it any more to predict it from
     if not any(supervised):
