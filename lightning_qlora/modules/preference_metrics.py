@@ -6,35 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 from typing_extensions import override
 
 from lightning_qlora.losses.preference import AnswerLogProbs, PreferenceLoss, PreferenceTerms
+from lightning_qlora.modules.metrics import ExactMean, MeanDifference
 
-__all__ = ["EpochLoss", "MeanDifference", "PreferenceMetrics"]
-
-
-class MeanDifference(Metric):
-    """The mean of some values less the mean of others; for pairs, the mean of their differences."""
-
-    full_state_update = False
-    minuend: Tensor
-    subtrahend: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name in ("minuend", "subtrahend"):
-            self.add_state(name, torch.zeros(2), dist_reduce_fx="sum")  # sum, count
-
-    @override
-    def update(self, these: Tensor, those: Tensor) -> None:
-        for state, values in ((self.minuend, these), (self.subtrahend, those)):
-            state += torch.stack([values.sum(), values.new_tensor(float(len(values)))])
-
-    @override
-    def compute(self) -> Tensor:
-        return self.minuend[0] / self.minuend[1] - self.subtrahend[0] / self.subtrahend[1]
+__all__ = ["EpochLoss", "PreferenceMetrics"]
 
 
 class EpochLoss(Metric):
@@ -91,8 +70,7 @@ class PreferenceMetrics(nn.ModuleDict):
         means += ["longer_chosen"] if loss.is_paired else []
         metrics: dict[str, Metric] = {"loss": EpochLoss(loss)} if with_loss else {}
         metrics |= {"reward_margin": MeanDifference(), "length_difference": MeanDifference()}
-        # "disable": the check for NaN would wait for the device at every step, and the mean shows it anyway.
-        super().__init__(metrics | {name: MeanMetric(nan_strategy="disable") for name in means})
+        super().__init__(metrics | {name: ExactMean() for name in means})
 
     @torch.no_grad()
     def add_batch(
@@ -118,7 +96,5 @@ class PreferenceMetrics(nn.ModuleDict):
         if "longer_chosen" in self:
             means["longer_chosen"] = (chosen.num_tokens > rejected.num_tokens).float()
         for name, values in means.items():
-            if len(values):
-                metrics[name].update(values)
-        if len(chosen.policy):
-            metrics["nll"].update(-chosen.mean, weight=chosen.num_tokens)
+            metrics[name].update(values.sum(), len(values))
+        metrics["nll"].update(-chosen.policy.sum(), chosen.num_tokens.sum())

@@ -5,24 +5,16 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 from typing_extensions import override
 
 from lightning_qlora.losses.cross_entropy import TokenLoss, head_cross_entropy
 from lightning_qlora.modules.base import CausalLMModule
+from lightning_qlora.modules.metrics import ExactMean, MeanPerplexity
 from lightning_qlora.schema import SFTBatch
 
-__all__ = ["MeanPerplexity", "SFTModule"]
+__all__ = ["SFTModule"]
 
 Stage = Literal["train", "val", "test"]
-
-
-class MeanPerplexity(MeanMetric):
-    """``exp`` of the mean cross-entropy in nats, weighted by tokens."""
-
-    @override
-    def compute(self) -> Tensor:
-        return super().compute().exp()
 
 
 class SFTModule(CausalLMModule):
@@ -35,15 +27,10 @@ class SFTModule(CausalLMModule):
 
     def __init__(self, model_name: str, **kwargs: Any) -> None:
         super().__init__(model_name, **kwargs)
-        # "disable": the check for NaN would wait for the device at every step, and the mean shows it anyway.
         self.metrics = nn.ModuleDict(
             {
                 f"{stage}_": nn.ModuleDict(
-                    {
-                        "loss": MeanMetric(nan_strategy="disable"),
-                        "perplexity": MeanPerplexity(nan_strategy="disable"),
-                        "token_accuracy": MeanMetric(nan_strategy="disable"),
-                    }
+                    {"loss": ExactMean(), "perplexity": MeanPerplexity(), "token_accuracy": ExactMean()}
                 )
                 for stage in ("train", "val", "test")
             }
@@ -57,14 +44,12 @@ class SFTModule(CausalLMModule):
     def _step(self, batch: SFTBatch, stage: Stage) -> TokenLoss:
         loss = self.token_loss(batch)
         metrics: Any = self.metrics[f"{stage}_"]
-        if loss.num_tokens:
-            mean = loss.loss_sum.detach() / loss.num_tokens
-            for name, value in (
-                ("loss", mean),
-                ("perplexity", mean),
-                ("token_accuracy", loss.num_correct / loss.num_tokens),
-            ):
-                metrics[name].update(value, weight=loss.num_tokens)
+        for name, total in (
+            ("loss", loss.loss_sum.detach()),
+            ("perplexity", loss.loss_sum.detach()),
+            ("token_accuracy", loss.num_correct),
+        ):
+            metrics[name].update(total, loss.num_tokens)
         for name, metric in metrics.items():
             if (stage, name) != ("train", "loss"):  # logged per optimizer step by the base class
                 self.log(

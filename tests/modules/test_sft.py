@@ -1,12 +1,13 @@
 import math
 
+import lightning as L
 import pytest
 import torch
 from peft import LoraConfig
-from tiny_models import FAMILIES, random_batch, save_tiny_model
+from tiny_models import FAMILIES, pack_batch, random_batch, save_tiny_model
+from torch.utils.data import DataLoader
 
 from lightning_qlora.modules import SFTModule
-from lightning_qlora.modules.sft import MeanPerplexity
 
 
 def build(folder, **options):
@@ -74,8 +75,15 @@ def test_trained_heads_and_tokens_receive_gradients(tmp_path):
     assert all(g.abs().sum() > 0 for g in head)
 
 
-def test_perplexity_is_the_exponential_of_the_token_weighted_mean():
-    metric = MeanPerplexity()
-    metric.update(1.0, weight=3)
-    metric.update(2.0, weight=1)
-    assert metric.compute() == pytest.approx(math.exp(1.25))
+def test_metrics_weigh_each_token_the_same_however_the_rows_are_cut(tmp_path):
+    module = build(save_tiny_model(tmp_path))
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(3, 500, (n,), generator=generator) for n in (4, 30, 9)]
+    masks = [torch.arange(n) >= 2 for n in (4, 30, 9)]
+    whole, alone = [pack_batch(rows, masks)], [pack_batch([r], [m]) for r, m in zip(rows, masks, strict=True)]
+    run = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    one, three = (run.validate(module, DataLoader(b, batch_size=None), verbose=False)[0] for b in (whole, alone))
+    assert three == pytest.approx(one, rel=1e-5)
+    loss = module.token_loss(whole[0])
+    assert one["val_loss"] == pytest.approx(float(loss.loss_sum.detach()) / loss.num_tokens, rel=1e-5)
+    assert one["val_perplexity"] == pytest.approx(math.exp(one["val_loss"]), rel=1e-5)
