@@ -87,6 +87,7 @@ def write_adapter_folder(
     """
     # The hub is not asked whether the vocabulary was resized ("auto"): new rows are trained by name or not at all.
     options: dict[str, Any] = {"save_embedding_layers": False, "safe_serialization": True}
+    options["selected_adapters"] = list(model.active_adapters)  # a frozen second one is not what was trained
     if state is not None:
         options["state_dict"] = dict(state)
     model.save_pretrained(str(folder), **options)

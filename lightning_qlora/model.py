@@ -313,11 +313,14 @@ def _has_twin(rows: Tensor) -> Tensor:
 
 
 def save_adapter(model: PeftModel, folder: str | Path) -> None:
-    """Write ``adapter_model.safetensors`` and ``adapter_config.json`` as PEFT itself does; never base weights."""
+    """Write the active adapter as PEFT itself does, as safetensors and configuration; never base weights."""
     with warnings.catch_warnings():
         # PEFT asks the hub whether the vocabulary was resized; for a base that is no hub id it only warns.
         warnings.filterwarnings("ignore", message="Could not find a config file in")
-        model.save_pretrained(str(folder), save_embedding_layers=False, safe_serialization=True)
+        active = list(model.active_adapters)
+        model.save_pretrained(
+            str(folder), save_embedding_layers=False, safe_serialization=True, selected_adapters=active
+        )
 
 
 def load_adapter(
