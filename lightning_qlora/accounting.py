@@ -1,28 +1,22 @@
-"""What a model takes: parameters and bytes as they are stored, arithmetic per step, and memory by item."""
+"""What a model takes: parameters and bytes as they are stored, and arithmetic per step."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 __all__ = [
-    "MemoryEstimate",
     "StepFlops",
     "Storage",
     "count_storage",
-    "estimate_memory",
     "logical_numel",
-    "optimizer_state_bytes",
     "step_flops",
     "stored_bytes",
 ]
-
-_LOSS_CHUNK = 1024  # positions whose logits exist at once in losses.cross_entropy.head_cross_entropy
 
 
 class Storage(NamedTuple):
@@ -125,87 +119,3 @@ def _is_matrix(parameter: Tensor) -> bool:
 
 def _weight_flops(parameter: Tensor) -> int:
     return (6 if parameter.requires_grad else 4) * logical_numel(parameter)
-
-
-class MemoryEstimate(NamedTuple):
-    """A rough account of the peak of a training step, in bytes.
-
-    Attributes:
-        weights: The model as it is stored.
-        gradients: Of the trained parameters.
-        optimizer: Its state.
-        activations: Kept for the backward pass of one micro-batch.
-        logits: Of one chunk of supervised tokens, with their gradient.
-        scratch: The largest layer, dequantised.
-    """
-
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-    logits: int
-    scratch: int
-
-    @property
-    def total(self) -> int:
-        """All items together."""
-        return sum(self)
-
-
-def estimate_memory(
-    model: Any, *, num_tokens: int, optimizers: Sequence[Optimizer], dtype: torch.dtype, checkpointing: bool
-) -> MemoryEstimate:
-    """Estimate the memory of a training step from shapes alone.
-
-    Activations of a decoder layer are counted as eager PEFT keeps them, in elements per token: two norms' inputs in
-    float32, their outputs, queries, keys and values before and after rotation, the attention's output, and four times
-    the MLP's width. Fused kernels need less; fragmentation and the libraries themselves come on top.
-
-    Args:
-        model: A ``PeftModel`` or ``PreTrainedModel``.
-        num_tokens: Tokens of one micro-batch, padding included.
-        optimizers: As configured, their state not yet allocated.
-        dtype: That the layers compute in.
-        checkpointing: Whether each layer keeps its input only and is recomputed.
-    """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    config = base.config.get_text_config()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    queries = config.num_attention_heads * head_dim
-    keys = (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * head_dim
-    width = dtype.itemsize
-    mlp = getattr(config, "intermediate_size", 4 * config.hidden_size)
-    layer = 8 * config.hidden_size + width * (2 * config.hidden_size + 3 * queries + 3 * keys + 4 * mlp)
-    kept = (
-        config.num_hidden_layers * config.hidden_size * width + layer
-        if checkpointing
-        else config.num_hidden_layers * layer
-    )
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    quantised = [p for p in model.parameters() if logical_numel(p) != p.numel() or p.dtype == torch.int8]
-    return MemoryEstimate(
-        weights=sum(stored_bytes(p) for p in model.parameters()) + sum(b.nbytes for b in model.buffers()),
-        gradients=sum(p.nbytes for p in trainable),
-        optimizer=sum(optimizer_state_bytes(optimizer) for optimizer in optimizers),
-        activations=num_tokens * kept,
-        logits=2 * min(num_tokens, _LOSS_CHUNK) * config.vocab_size * 4,
-        scratch=max((logical_numel(p) * width for p in quantised), default=0),
-    )
-
-
-def optimizer_state_bytes(optimizer: Optimizer) -> int:
-    """Estimate what an optimizer will keep per parameter, from its kind: two moments unless known otherwise."""
-    name = type(optimizer).__name__.lower()
-    total = 0
-    for group in optimizer.param_groups:
-        numel = sum(p.numel() for p in group["params"])
-        moments = 2.0
-        if "sgd" in name or "rmsprop" in name:
-            moments = float(bool(group.get("momentum"))) + float("rmsprop" in name)
-        elif "lion" in name or "adagrad" in name:
-            moments = 1.0
-        elif "adafactor" in name:
-            moments = 0.0  # row and column statistics only
-        moments *= 0.25 if "8bit" in name else 1.0
-        total += int(moments * 4 * numel)
-    return total

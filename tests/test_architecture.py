@@ -13,6 +13,7 @@ STAGES: tuple[frozenset[str], ...] = (
     | frozenset({"publishing", "adapter_folder", "random_state", "ranks", "redaction", "signals"}),
     frozenset({"pretrained", "identity", "checkpoint_io", "boundary"}),
     frozenset({"data", "model", "run_record"}),
+    frozenset({"memory"}),
     frozenset({"modules"}),
     frozenset({"evaluation"}),
     frozenset({"callbacks"}),

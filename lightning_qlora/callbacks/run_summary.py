@@ -8,17 +8,26 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelSummary
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
 from typing_extensions import override
 
-from lightning_qlora.accounting import Storage, count_storage, estimate_memory
+from lightning_qlora.accounting import Storage, count_storage
 from lightning_qlora.data.report import PreparationReport
+from lightning_qlora.memory import MemoryModel, OptimizerMemory, SimulationError, optimizer_memory, skeleton_of
 
 __all__ = ["RunSummary"]
 
 _MIB, _GIB = 2**20, 2**30
 _TITLE_WIDTH = 14
+
+_MOMENTS = {
+    "forward": "in the forward pass",
+    "head": "at the head and the loss",
+    "backward": "in the backward pass",
+    "optimizer": "in the optimizer's step",
+}
 
 
 class RunSummary(ModelSummary):
@@ -47,7 +56,9 @@ class RunSummary(ModelSummary):
         for stage, report in reports.items():
             rows += _describe_data(report) if stage == "train" else [(stage.capitalize(), _describe_rows(report))]
         if "train" in reports and isinstance(model, PeftModel):
-            rows.append(("Memory", _describe_memory(trainer, model, _tokens_per_batch(trainer, reports["train"]))))
+            rows.append(
+                ("Memory", _describe_memory(trainer, pl_module, model, _tokens_per_batch(trainer, reports["train"])))
+            )
         print("\n".join(_lay_out(title, text) for title, text in rows), flush=True)
 
     @override
@@ -139,18 +150,30 @@ def _describe_rows(report: PreparationReport) -> str:
     return f"{report.rows_kept:,} kept of {report.rows_read:,} read ({refused})"
 
 
-def _describe_memory(trainer: L.Trainer, model: PeftModel, num_tokens: int) -> str:
-    base: Any = model.get_base_model()
-    dtype = getattr(getattr(base.config, "quantization_config", None), "bnb_4bit_compute_dtype", None)
-    estimate = estimate_memory(
-        model,
-        num_tokens=num_tokens,
-        optimizers=trainer.optimizers,
-        dtype=dtype if isinstance(dtype, torch.dtype) else base.dtype,
-        checkpointing=any(getattr(module, "gradient_checkpointing", False) for module in base.modules()),
+def _describe_memory(trainer: L.Trainer, pl_module: L.LightningModule, model: PeftModel, num_tokens: int) -> str:
+    """Estimate the peak of a step without running one on the device."""
+    device = trainer.strategy.root_device.type
+    sharded = isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy)
+    optimizer, *others = [optimizer_memory(o, on_gpu=device == "cuda") for o in trainer.optimizers]
+    try:
+        memory = MemoryModel(
+            skeleton_of(model),
+            OptimizerMemory(*map(sum, zip(optimizer, *others, strict=True))),
+            device="cuda" if device == "cuda" else "cpu",
+            autocast={"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(trainer.precision)),
+            accumulates=trainer.accumulate_grad_batches > 1,
+            sharding="fsdp" if sharded else "ddp" if trainer.world_size > 1 else "none",
+            world_size=trainer.world_size,
+        )
+        estimate = memory.estimate(num_tokens, plan=getattr(pl_module, "activation_checkpointing", "none"))
+    except SimulationError as error:
+        return f"not estimated. {error}"
+    names = ("weights", "adapters", "gradients", "optimizer", "activations", "logits", "scratch")
+    items = ", ".join(f"{name} {_size(getattr(estimate, name))}" for name in names)
+    return (
+        f"about {_size(estimate.peak)} at its peak ({_MOMENTS[estimate.moment]}) by estimate, the libraries themselves "
+        f"not counted: {items}"
     )
-    items = ", ".join(f"{name} {_size(nbytes)}" for name, nbytes in estimate._asdict().items())
-    return f"about {_size(estimate.total)} by estimate, the libraries themselves not counted: {items}"
 
 
 def _tokens_per_batch(trainer: L.Trainer, report: PreparationReport) -> int:

@@ -1,0 +1,27 @@
+"""How much memory training takes, without loading anything: a step is run on the meta device and its tensors counted.
+
+``build_skeleton`` makes the model without data, ``MemoryModel`` estimates any batch and plan on it.
+"""
+
+from lightning_qlora.memory.estimate import MemoryEstimate, MemoryModel, Sharding
+from lightning_qlora.memory.optimizer import OptimizerMemory, build_optimizer, optimizer_memory
+from lightning_qlora.memory.simulation import PLANS, Device, Plan, SimulationError, StepMemory, simulate_step
+from lightning_qlora.memory.skeleton import build_base_skeleton, build_skeleton, skeleton_of
+
+__all__ = [
+    "PLANS",
+    "Device",
+    "MemoryEstimate",
+    "MemoryModel",
+    "OptimizerMemory",
+    "Plan",
+    "Sharding",
+    "SimulationError",
+    "StepMemory",
+    "build_base_skeleton",
+    "build_optimizer",
+    "build_skeleton",
+    "optimizer_memory",
+    "simulate_step",
+    "skeleton_of",
+]

@@ -1,0 +1,243 @@
+"""How much memory a training run takes, by item and at its peak, from shapes alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from peft import PeftModel
+
+from lightning_qlora.accounting import Storage, count_storage, stored_bytes
+from lightning_qlora.memory.layers import decoder_layers, layer_kinds, only_layers
+from lightning_qlora.memory.optimizer import OptimizerMemory
+from lightning_qlora.memory.simulation import PLANS, Device, Plan, StepMemory, simulate_step
+
+__all__ = ["MemoryEstimate", "MemoryModel", "Moment", "Sharding"]
+
+Sharding: TypeAlias = Literal["none", "ddp", "fsdp"]
+"""What each rank holds: everything (``none``, one rank), everything and the buckets that gradients are exchanged in
+(``ddp``), or its share, with the layers at work whole (``fsdp``)."""
+
+Moment: TypeAlias = Literal["forward", "head", "backward", "optimizer"]
+
+_LEAST_SIMULATED_TOKENS = 2048  # above the positions of a chunk of the head, so that all grows linearly from here
+_LEAST_DOCUMENT = 64
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryEstimate:
+    """What one rank takes, in bytes, without the libraries themselves and the gaps between tensors.
+
+    The items do not add up to the peak: not all are there at once.
+
+    Attributes:
+        plan: What is kept between forward and backward.
+        num_tokens: Tokens of the micro-batch.
+        weights: The frozen weights as they are stored, with the constants that dequantise them, and buffers.
+        adapters: The trained parameters.
+        gradients: Of the trained parameters; with DDP also the buckets that they are exchanged in.
+        optimizer: Its state.
+        paged: Optimizer state that the driver moves to the host when the device is full; not part of the peak.
+        activations: Kept between forward and backward.
+        logits: Of a chunk of supervised tokens, with their gradient, while head and loss are computed.
+        scratch: Dequantised weights, recomputed layers and gradients of activations during the backward pass.
+        host: Activations that wait in host memory.
+        peak: The most at any moment.
+        moment: When that is.
+    """
+
+    plan: Plan
+    num_tokens: int
+    weights: int
+    adapters: int
+    gradients: int
+    optimizer: int
+    paged: int
+    activations: int
+    logits: int
+    scratch: int
+    host: int
+    peak: int
+    moment: Moment
+
+
+class MemoryModel:
+    """Estimates the memory of training steps of one model, for any batch and plan.
+
+    Args:
+        model: A skeleton with its adapters.
+        optimizer: What the optimizer takes.
+        device: Where the run is to be.
+        autocast: Dtype of mixed precision; ``None`` for a run without.
+        accumulates: Whether gradients of several micro-batches are added up, so that they are there all the time.
+        sharding: What each rank holds.
+        world_size: Ranks.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        optimizer: OptimizerMemory,
+        *,
+        device: Device = "cuda",
+        autocast: torch.dtype | None = torch.bfloat16,
+        accumulates: bool = False,
+        sharding: Sharding = "none",
+        world_size: int = 1,
+    ) -> None:
+        self.model = model
+        self.device = device
+        self.autocast = autocast
+        self.accumulates = accumulates
+        self.storages: list[Storage] = count_storage(model)
+        self._kinds = layer_kinds(model)
+        self._steps: dict[tuple[int, int, int, Plan], _Steps] = {}
+        frozen = sum(s.nbytes for s in self.storages if not s.trainable) + sum(b.nbytes for b in model.buffers())
+        trained = sum(s.nbytes for s in self.storages if s.trainable)
+        share = world_size if sharding == "fsdp" else 1
+        self.weights = _divide(frozen, share) + (_whole_units(model, share, frozen) if sharding == "fsdp" else 0)
+        self.adapters = _divide(trained, share)
+        self.gradients = _divide(trained, share)
+        self.buckets = trained if sharding == "ddp" else 0
+        self.optimizer = OptimizerMemory(*(_divide(nbytes, share) for nbytes in optimizer))
+
+    def estimate(
+        self,
+        num_tokens: int,
+        *,
+        plan: Plan = "none",
+        document_length: int | None = None,
+        num_supervised: int | None = None,
+    ) -> MemoryEstimate:
+        """Estimate a run whose micro-batches have this many tokens.
+
+        Args:
+            num_tokens: Tokens of one micro-batch, padding included.
+            plan: What is kept between forward and backward.
+            document_length: Of each packed document; ``None`` for one as long as the batch. It matters for families
+                whose attention has no fused kernel.
+            num_supervised: Tokens that enter the loss; ``None`` for all.
+
+        Raises:
+            SimulationError: If the family cannot be simulated.
+        """
+        length = min(num_tokens, max(_LEAST_DOCUMENT, document_length or num_tokens))
+        supervised = num_tokens if num_supervised is None else num_supervised
+        steps = self._step(num_tokens, length, supervised, "full" if plan == "offload" else plan)
+        step, host = steps.all_layers, 0
+        if plan == "offload":
+            # Each layer's input waits on the host; the one in use and the one on its way are on the device.
+            host = max(0, steps.per_layer * (steps.num_layers - 2))
+            step = StepMemory(*(nbytes - host for nbytes in step))
+        held = self.weights + self.adapters + self.optimizer.state + self.buckets
+        accumulated = self.gradients if self.accumulates else 0
+        of_a_layer = max(accumulated, self.gradients // steps.num_layers)
+        first_layer = steps.one_layer.backward
+        moments: dict[Moment, int] = {
+            "forward": accumulated + step.forward,
+            "head": accumulated + step.head,
+            "backward": max(of_a_layer + step.backward, self.gradients + first_layer),
+            "optimizer": self.gradients + self.optimizer.scratch,
+        }
+        moment = max(moments, key=lambda name: moments[name])
+        return MemoryEstimate(
+            plan=plan,
+            num_tokens=num_tokens,
+            weights=self.weights,
+            adapters=self.adapters,
+            gradients=self.gradients + self.buckets,
+            optimizer=self.optimizer.state,
+            paged=self.optimizer.paged,
+            activations=step.kept,
+            logits=max(0, step.head - step.kept),
+            scratch=max(0, step.backward - step.kept),
+            host=host,
+            peak=held + moments[moment],
+            moment=moment,
+        )
+
+    def fitting_plan(
+        self, num_tokens: int, budget: int, *, document_length: int | None = None
+    ) -> MemoryEstimate | None:
+        """Return the fastest plan whose peak stays within a budget, or ``None``.
+
+        Args:
+            num_tokens: Tokens of one micro-batch.
+            budget: In bytes.
+            document_length: As for :meth:`estimate`.
+        """
+        estimates = (self.estimate(num_tokens, plan=plan, document_length=document_length) for plan in PLANS)
+        return next((estimate for estimate in estimates if estimate.peak <= budget), None)
+
+    def _step(self, num_tokens: int, length: int, supervised: int, plan: Plan) -> _Steps:
+        """Simulate a batch; many equal documents are extrapolated from fewer."""
+        few = max(4, math.ceil(_LEAST_SIMULATED_TOKENS / length))
+        documents = num_tokens / length
+        if documents <= 2 * few:
+            return self._simulate(num_tokens, length, supervised, plan)
+        share = supervised / num_tokens
+        small = self._simulate(few * length, length, round(few * length * share), plan)
+        large = self._simulate(2 * few * length, length, round(2 * few * length * share), plan)
+        return small.combine(large, lambda one, two: round(two + (documents - 2 * few) / few * (two - one)))
+
+    def _simulate(self, num_tokens: int, length: int, supervised: int, plan: Plan) -> _Steps:
+        key = num_tokens, length, supervised, plan
+        if key not in self._steps:
+            self._steps[key] = self._simulate_layers(num_tokens, length, supervised, plan)
+        return self._steps[key]
+
+    def _simulate_layers(self, num_tokens: int, length: int, supervised: int, plan: Plan) -> _Steps:
+        """Simulate one layer of each kind, and one more of each kind that there are more of."""
+        documents = [length] * (num_tokens // length) + ([num_tokens % length] if num_tokens % length else [])
+
+        def run(indices: list[int]) -> StepMemory:
+            with only_layers(self.model, indices):
+                return simulate_step(
+                    self.model, documents, supervised, plan=plan, device=self.device, dtype=self.autocast
+                )
+
+        first = [kind[0] for kind in self._kinds]
+        one = run(first)
+        more = 0
+        for kind in self._kinds:
+            if len(kind) > 1:
+                more += (len(kind) - 1) * (run([*first, kind[1]]).kept - one.kept)
+        num_layers = sum(map(len, self._kinds))
+        per_layer = more // max(1, num_layers - len(first))
+        return _Steps(one, StepMemory(*(nbytes + more for nbytes in one)), per_layer, num_layers)
+
+
+@dataclass(frozen=True, slots=True)
+class _Steps:
+    """A step with one layer of each kind, and with all of them."""
+
+    one_layer: StepMemory
+    all_layers: StepMemory
+    per_layer: int
+    num_layers: int
+
+    def combine(self, other: _Steps, function: Callable[[int, int], int]) -> _Steps:
+        def each(one: StepMemory, two: StepMemory) -> StepMemory:
+            return StepMemory(*map(function, one, two))
+
+        return _Steps(
+            each(self.one_layer, other.one_layer),
+            each(self.all_layers, other.all_layers),
+            function(self.per_layer, other.per_layer),
+            self.num_layers,
+        )
+
+
+def _divide(nbytes: int, ranks: int) -> int:
+    return -(nbytes // -ranks)
+
+
+def _whole_units(model: PeftModel, ranks: int, frozen: int) -> int:
+    """What sharding by layers keeps whole besides a rank's share: embedding and head, and two layers."""
+    layers = [sum(stored_bytes(p) for p in layer.parameters()) for layer in decoder_layers(model)]
+    frozen_layers = sum(stored_bytes(p) for p in decoder_layers(model).parameters() if not p.requires_grad)
+    whole = frozen - frozen_layers + sum(sorted(layers)[-2:])
+    return whole - _divide(whole, ranks)

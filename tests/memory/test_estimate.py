@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import LoraConfig
+from tiny_models import tiny_config
+
+from lightning_qlora.memory import (
+    PLANS,
+    MemoryModel,
+    OptimizerMemory,
+    build_optimizer,
+    build_skeleton,
+    optimizer_memory,
+)
+
+
+def lora_config():
+    return LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def memory_model(family="llama", *, layers=6, **options):
+    skeleton = build_skeleton(tiny_config(family, num_hidden_layers=layers), lora_config(), dtype=torch.float32)
+    optimizer = optimizer_memory(build_optimizer(lambda params: torch.optim.AdamW(params, fused=True), skeleton))
+    return MemoryModel(skeleton, optimizer, **{"autocast": None, **options})
+
+
+def all_at_once(model, tokens, plan, supervised):
+    """The estimate from a simulation of every layer."""
+    model._kinds = [[index] for kind in model._kinds for index in kind]
+    model._steps.clear()
+    return model.estimate(tokens, plan=plan, num_supervised=supervised)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3"])
+@pytest.mark.parametrize("plan", ["none", "full"])
+def test_layers_that_are_alike_are_simulated_once(family, plan):
+    model = memory_model(family, accumulates=True)
+
+    few = model.estimate(200, plan=plan, num_supervised=90)
+
+    assert len(model._kinds) == (2 if family == "gemma3_text" else 1)
+    assert few == all_at_once(model, 200, plan, 90)
+
+
+def test_many_documents_are_extrapolated_from_few():
+    model = memory_model(layers=2)
+
+    many = model.estimate(9 * 512, plan="none", document_length=512)
+    whole = MemoryModel(model.model, model.optimizer, autocast=None)
+    whole._step = lambda tokens, length, supervised, plan: whole._simulate(tokens, length, supervised, plan)
+    assert many == whole.estimate(9 * 512, plan="none", document_length=512)
+
+
+def test_items_of_the_whole_model():
+    model = memory_model()
+    trained = sum(p.numel() for p in model.model.parameters() if p.requires_grad)
+
+    estimate = model.estimate(128)
+
+    assert estimate.weights == sum(s.nbytes for s in model.storages if not s.trainable) + sum(
+        b.nbytes for b in model.model.buffers()
+    )
+    assert (estimate.adapters, estimate.gradients) == (4 * trained, 4 * trained)
+    assert estimate.optimizer == pytest.approx(8 * trained, rel=0.01)
+    held = estimate.weights + estimate.adapters + estimate.optimizer
+    assert estimate.peak > held + estimate.activations
+    assert estimate.moment == "head"
+    assert estimate.peak == held + estimate.activations + estimate.logits
+
+
+def test_gradients_that_are_accumulated_are_there_at_the_head():
+    once, added = memory_model().estimate(128), memory_model(accumulates=True).estimate(128)
+    assert added.peak - once.peak == added.gradients
+
+
+def test_the_peak_of_a_tiny_batch_is_the_optimizers():
+    model = memory_model()
+    model.optimizer = OptimizerMemory(0, scratch=10**9)
+    estimate = model.estimate(8)
+    assert (estimate.moment, estimate.peak) == (
+        "optimizer",
+        estimate.weights + estimate.adapters + estimate.gradients + 10**9,
+    )
+
+
+def test_offloaded_inputs_wait_on_the_host():
+    model = memory_model()
+    full, offload = model.estimate(256, plan="full"), model.estimate(256, plan="offload")
+
+    assert offload.host == pytest.approx(4 * 256 * 64 * 4, rel=0.05)  # four of six layers' inputs in float32
+    assert full.peak - offload.peak == full.activations - offload.activations == offload.host
+
+
+def test_ranks():
+    alone, ddp = memory_model(), memory_model(sharding="ddp", world_size=4)
+    assert ddp.estimate(64).peak - alone.estimate(64).peak == alone.gradients
+    assert replace(ddp.estimate(64), gradients=0, peak=0) == replace(alone.estimate(64), gradients=0, peak=0)
+
+    fsdp = memory_model(sharding="fsdp", world_size=4)
+    assert fsdp.gradients == alone.gradients // 4
+    assert fsdp.optimizer.state == -(alone.optimizer.state // -4)
+    assert alone.weights / 4 < fsdp.weights < alone.weights
+    assert fsdp.estimate(64).activations == alone.estimate(64).activations
+
+
+def test_the_fastest_plan_that_fits():
+    model = memory_model(accumulates=True)
+    peaks = {plan: model.estimate(1024, plan=plan).peak for plan in PLANS}
+    assert list(peaks.values()) == sorted(peaks.values(), reverse=True)
+
+    for plan, peak in peaks.items():
+        found = model.fitting_plan(1024, peak)
+        assert found is not None
+        assert peaks[found.plan] == peak or found.plan == plan
+    assert model.fitting_plan(1024, peaks["offload"] - 1) is None
+
+
+def test_the_figures_of_an_8b_model_on_one_gpu():
+    """The held part by hand, from the shapes of Llama 3 8B."""
+    config = tiny_config(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+    )
+    skeleton = build_skeleton(config, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model = MemoryModel(skeleton, OptimizerMemory(0))
+
+    linear = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+    assert {s.kind: s.numel for s in model.storages} == {
+        "nf4": linear,
+        "bfloat16": 2 * 128256 * 4096 + 65 * 4096,
+        "float32": 41_943_040,
+    }
+    nf4 = next(s.nbytes for s in model.storages if s.kind == "nf4")
+    assert nf4 == linear // 2 + linear // 64 + 4 * (linear // 64 // 256) + 224 * (4 * (16 + 256) + 4)
+    estimate = model.estimate(8192, plan="full", document_length=2048)
+    assert estimate.activations / 8192 / 32 == pytest.approx(8192, rel=0.2)  # a layer's input in bfloat16
