@@ -3,6 +3,19 @@
 A packed batch is one flat row of documents. transformers' own SDPA path isolates them with a dense L x L mask, whose
 size grows with the square of the batch; this one attends document by document and needs none. It is exact: every
 document sees what it would see alone. Without packing it is ordinary scaled dot-product attention.
+
+Answers to one prompt may share it: then the second is a branch, whose tokens see the prompt and the branch itself, but
+not the first answer::
+
+                    keys
+                p p p c c r r
+    queries  p  x
+             p  x x
+             p  x x x
+    chosen   c  x x x x
+             c  x x x x x
+    rejected r  x x x     x
+             r  x x x     x x
 """
 
 from __future__ import annotations
@@ -12,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -34,6 +48,7 @@ def document_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     document_lengths: tuple[int, ...] | None = None,
+    shared_prompts: tuple[int, ...] | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Scaled dot-product attention in the signature of transformers' ``AttentionInterface``.
@@ -50,6 +65,8 @@ def document_attention(
         sliding_window: How many positions a token sees, itself included.
         softcap: Bound of the scores, ``softcap * tanh(scores / softcap)`` (Gemma 2).
         document_lengths: Lengths of the packed documents, in tokens; they add up to L.
+        shared_prompts: For each document how many tokens, at the beginning of the nearest document before it with a 0
+            here, it goes on from. ``None`` where all documents stand by themselves.
 
     Returns:
         (B, L, heads, head_dim) and no attention weights.
@@ -60,11 +77,18 @@ def document_attention(
         return output.transpose(1, 2).contiguous(), None
     outputs = []
     lengths = list(document_lengths)
-    documents = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), lengths, strict=True)
-    for query_d, key_d, value_d, length in documents:
+    documents = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+    trunk_key, trunk_value = key, value
+    for (query_d, key_d, value_d), shared in zip(documents, shared_prompts or (0,) * len(lengths), strict=True):
+        if shared:
+            first = 0 if sliding_window is None else max(0, shared - sliding_window + 1)  # what the first query sees
+            key_d = torch.cat((trunk_key[:, :, first:shared], key_d), dim=2)
+            value_d = torch.cat((trunk_value[:, :, first:shared], value_d), dim=2)
+        else:
+            trunk_key, trunk_value = key_d, value_d
         mask = None
-        if sliding_window is not None and length > sliding_window:
-            mask = _sliding_causal_mask(length, sliding_window, query.device)
+        if sliding_window is not None and key_d.shape[2] > sliding_window:
+            mask = _causal_mask(query_d.shape[2], key_d.shape[2], sliding_window, query.device)
         outputs.append(_attend(query_d, key_d, value_d, mask, mask is None, scaling, dropout, softcap))
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
@@ -85,6 +109,8 @@ def _attend(
         if grouped and not query.is_cuda:
             groups = query.shape[1] // key.shape[1]
             key, value, grouped = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), False
+        if is_causal and query.shape[2] != key.shape[2]:
+            return _attend_as_branch(query, key, value, scaling, dropout, grouped)
         return functional.scaled_dot_product_attention(
             query, key, value, mask, dropout, is_causal, scale=scaling, enable_gqa=grouped
         )
@@ -93,17 +119,32 @@ def _attend(
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     scores = softcap * torch.tanh(scores / softcap)
     if is_causal:
-        mask = _sliding_causal_mask(query.shape[2], query.shape[2], query.device)
+        mask = _causal_mask(query.shape[2], key.shape[2], key.shape[2], query.device)
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     weights = functional.dropout(scores.softmax(-1, dtype=torch.float32).to(query.dtype), dropout)
     return weights @ value
 
 
-def _sliding_causal_mask(length: int, window: int, device: torch.device) -> Tensor:
-    """(length, length), true where a query may look: not ahead, and less than ``window`` back."""
-    position = torch.arange(length, device=device)
-    distance = position[:, None] - position[None, :]
+def _attend_as_branch(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dropout: float, grouped: bool
+) -> Tensor:
+    """Causal attention of the last queries; a fused kernel of CUDA aligns them by itself, without a mask."""
+    mask: Tensor
+    if query.is_cuda:
+        mask = causal_lower_right(query.shape[2], key.shape[2])
+        if torch.is_autocast_enabled("cuda"):  # which does not see through the bias
+            dtype = torch.get_autocast_dtype("cuda")
+            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    else:
+        mask = _causal_mask(query.shape[2], key.shape[2], key.shape[2], query.device)
+    return functional.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scaling, enable_gqa=grouped)
+
+
+def _causal_mask(num_queries: int, num_keys: int, window: int, device: torch.device) -> Tensor:
+    """(queries, keys), true where one of the last queries may look: not ahead, and less than ``window`` back."""
+    position = torch.arange(num_keys, device=device)
+    distance = position[num_keys - num_queries :, None] - position[None, :]
     return (distance >= 0) & (distance < window)
 
 
@@ -121,14 +162,23 @@ def use_document_attention(model: PreTrainedModel) -> bool:
 
 
 def packed_attention_arguments(
-    input_ids: Tensor, document_lengths: tuple[int, ...]
+    input_ids: Tensor, document_lengths: tuple[int, ...], shared_prompts: tuple[int, ...] | None = None
 ) -> dict[str, Tensor | tuple[int, ...]]:
     """Arguments for a model's forward that isolate packed documents under :func:`document_attention`.
 
     transformers hands a four-dimensional ``attention_mask`` to the attention function as it is, so an empty one
     keeps it from building the dense mask that nothing here reads.
+
+    Args:
+        input_ids: (1, T) token ids.
+        document_lengths: Lengths of the packed documents, in tokens.
+        shared_prompts: As of :class:`~lightning_qlora.schema.PreferenceBatch`.
     """
-    return {"attention_mask": input_ids.new_empty((1, 1, 0, 0)), "document_lengths": document_lengths}
+    arguments: dict[str, Tensor | tuple[int, ...]] = {
+        "attention_mask": input_ids.new_empty((1, 1, 0, 0)),
+        "document_lengths": document_lengths,
+    }
+    return arguments if shared_prompts is None else {**arguments, "shared_prompts": shared_prompts}
 
 
 AttentionInterface.register(DOCUMENT_ATTENTION, document_attention)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import PeftModel
 from torch import Tensor, nn
 from typing_extensions import override
@@ -65,7 +66,13 @@ class SupervisedForward:
         if batch["attention_mask"] is not None:
             inputs["attention_mask"] = batch["attention_mask"]
         elif self.isolates_documents:
-            inputs.update(packed_attention_arguments(batch["input_ids"], batch["document_lengths"]))
+            shared: Any = batch.get("shared_prompts")  # of a PreferenceBatch
+            inputs.update(packed_attention_arguments(batch["input_ids"], batch["document_lengths"], shared))
+        elif batch.get("shared_prompts") is not None:
+            raise MisconfigurationException(
+                f"{type(base_model(self.model)).__name__} runs on an attention of its own, to which answers that share "
+                "a prompt would be one text. Write --data.share_prompts=false, or leave attn_implementation out."
+            )
         return inputs
 
 
