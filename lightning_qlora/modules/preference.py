@@ -101,6 +101,7 @@ class PreferenceModule(CausalLMModule):
             {f"{stage}_": PreferenceMetrics(loss, with_loss=stage != "train") for stage in ("train", "val", "test")}
         )
         self._is_start_checked = False
+        self._has_mismatched = False
         self._kl = torch.zeros(())
         self._nll_scale = 0.0
 
@@ -239,8 +240,14 @@ class PreferenceModule(CausalLMModule):
 
     @override
     def on_step_totals(self, extras: Tensor) -> None:
-        if self.loss.needs_kl:
-            self._kl = extras[0] / extras[1].clamp(min=1.0)
+        if self.loss.needs_kl:  # a step without mismatched answers leaves the estimate as it was
+            self._kl = torch.where(extras[1] > 0, extras[0] / extras[1].clamp(min=1.0), self._kl.to(extras.device))
+            if not self._has_mismatched:
+                raise MisconfigurationException(
+                    f"{type(self.loss).__name__} estimates how far the model has moved from answers put to other "
+                    "prompts, and the batches of the first step hold none. Write unpaired: true in the options of "
+                    "PreferenceDataModule."
+                )
 
     @override
     def validation_step(self, batch: PreferenceBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -251,18 +258,13 @@ class PreferenceModule(CausalLMModule):
         self._step(batch, "test")
 
     def _check_kind(self, batch: PreferenceBatch) -> None:
-        """Refuse single answers where pairs are needed, and the other way round."""
+        """Refuse single answers where pairs are needed, and look for what KTO needs."""
         num_chosen, num_rejected, num_mismatched = (len(batch[k]) for k in ("chosen", "rejected", "mismatched"))
-        name = type(self.loss).__name__
+        self._has_mismatched |= num_mismatched > 0
         if self.loss.is_paired and (num_chosen != num_rejected or num_mismatched):
             raise MisconfigurationException(
-                f"{name} compares the two answers of a pair, and this batch holds single answers: {num_chosen} "
-                f"desirable and {num_rejected} undesirable ones. Write loss: KTOLoss, or give pairs."
-            )
-        if self.loss.needs_kl and num_chosen + num_rejected and not num_mismatched:
-            raise MisconfigurationException(
-                f"{name} estimates how far the model has moved from answers put to other prompts, and this batch holds "
-                "none. Let the data module prepare single answers (the option unpaired of PreferenceDataModule)."
+                f"{type(self.loss).__name__} compares the two answers of a pair, and this batch holds single answers: "
+                f"{num_chosen} desirable and {num_rejected} undesirable ones. Write loss: KTOLoss, or give pairs."
             )
 
     @torch.no_grad()

@@ -48,7 +48,7 @@ class EpochLoss(Metric):
     def compute(self) -> Tensor:
         states = (self.chosen, self.rejected, self.mismatched)
         chosen, rejected, mismatched = (AnswerLogProbs(*dim_zero_cat(state).unbind(1)) for state in states)
-        kl = mismatched.log_ratio.mean() if self.loss.needs_kl else None
+        kl = mismatched.log_ratio.sum() / max(1, len(mismatched.policy)) if self.loss.needs_kl else None
         terms = self.loss(chosen, rejected, kl)
         loss = terms.loss_sum / terms.num_terms
         if self.loss.nll_weight:
