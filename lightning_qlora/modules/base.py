@@ -15,6 +15,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import LoraConfig, PeftConfig, PeftModel
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedModel
@@ -49,6 +51,8 @@ class CausalLMModule(L.LightningModule):
     checkpoints hold the trained tensors only. Subclasses say what a step computes; they return the *sum* of their
     loss and report to :meth:`count_terms` how many terms (tokens, pairs) it sums, and the gradient is divided once per
     optimizer step by the count of the whole step, over all micro-batches and ranks.
+
+    Logs at each optimizer step ``train_loss``, ``gradient_norm`` (before clipping) and ``learning_rate``.
 
     Args:
         model_name: The base: a Hugging Face id, a folder, a .gguf file, or package:NAME for a GGUF file that an
@@ -260,7 +264,8 @@ class CausalLMModule(L.LightningModule):
 
         Lightning has divided each loss by ``accumulate_grad_batches`` (also in a short last window) and the strategy
         averages over ranks; a mean of such means is off by over 20 % on ragged batches (huggingface/transformers#34191,
-        Lightning-AI/pytorch-lightning#20350). This hook runs before gradients are clipped.
+        Lightning-AI/pytorch-lightning#20350). This hook runs before gradients are clipped, and logs their norm as it is
+        then.
         """
         if self._window is None:
             return
@@ -269,10 +274,12 @@ class CausalLMModule(L.LightningModule):
             totals = self.trainer.strategy.reduce(totals, reduce_op="sum")
         loss_sum, num_terms = totals[0], totals[1].clamp(min=1.0)
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / num_terms
-        for group in optimizer.param_groups:
-            gradients = [p.grad for p in group["params"] if p.grad is not None]
-            if gradients:
-                torch._foreach_mul_(gradients, scale)
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if gradients:
+            torch._foreach_mul_(gradients, scale)
+            self.log("gradient_norm", _full(get_total_norm(gradients)))
+        # On the host: Lightning would copy a Python number to the GPU and wait for it.
+        self.log("learning_rate", torch.tensor(float(optimizer.param_groups[0]["lr"])))
         self.log("train_loss", loss_sum / num_terms, prog_bar=True)
         self.on_step_totals(totals[2:])
 
@@ -404,6 +411,11 @@ class CausalLMModule(L.LightningModule):
             )
         texts = data.tokenizer.batch_decode(answers, skip_special_tokens=True)
         return [{**row, "answer": text} for row, text in zip(batch["rows"], texts, strict=True)]
+
+
+def _full(norm: Tensor) -> Tensor:
+    """Return the norm over all ranks where gradients are sharded."""
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def is_fused(optimizer: Optimizer) -> bool:

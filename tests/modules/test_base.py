@@ -1,3 +1,4 @@
+import csv
 import json
 import math
 
@@ -245,3 +246,34 @@ def test_generation_stops_at_stop_tokens_and_leaves_training_mode(base, tmp_path
     module.stop_token_ids = (free[0][3],)
     stopped = module.generate(ids, torch.ones_like(ids), max_new_tokens=8)
     assert stopped[0] == free[0][: free[0].index(free[0][3])]
+
+
+class _Gradients(L.Callback):
+    """Reads the norm by hand, after the module's own hook and clipping."""
+
+    def __init__(self):
+        self.norms = []
+
+    def on_before_zero_grad(self, trainer, module, optimizer):
+        gradients = [p.grad.flatten() for p in module.parameters() if p.grad is not None]
+        if gradients:
+            self.norms.append(float(torch.cat(gradients).norm()))
+
+
+@pytest.mark.parametrize("clip", [None, 1e-3])
+def test_the_norm_of_the_gradient_is_logged_as_it_is_before_clipping(base, tmp_path, clip):
+    logger = CSVLogger(tmp_path)
+    recorder = _Gradients()
+    module = build(base, lr=0.25, lr_scheduler=WarmupLinear)
+    run = trainer(tmp_path, logger=logger, callbacks=[recorder], gradient_clip_val=clip, accumulate_grad_batches=2)
+    run.fit(module, loader(8))
+
+    with open(tmp_path / "lightning_logs" / "version_0" / "metrics.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["gradient_norm"]]
+    norms, rates = ([float(row[name]) for row in rows] for name in ("gradient_norm", "learning_rate"))
+    assert len(rows) == 4
+    assert rates[-1] < rates[1] <= 0.25
+    if clip is None:
+        assert norms == pytest.approx(recorder.norms[-4:], rel=1e-4)
+    else:
+        assert min(norms) > 10 * clip
