@@ -6,8 +6,6 @@ import json
 import logging
 import math
 import signal
-import statistics
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Protocol, runtime_checkable
@@ -24,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_qlora.callbacks.loss_spikes import LossWatch
 from lightning_qlora.ranks import gather_objects
 from lightning_qlora.signals import SignalFlag, resolve_signals
 
@@ -34,8 +33,6 @@ log = logging.getLogger(__name__)
 PREEMPTED_EXIT_CODE = 143
 """128 + SIGTERM: what batch systems read as "stopped from outside, start it again"."""
 
-_SPIKE_HISTORY = 64
-_SPIKE_WARM_UP = 16
 _NAMED_ROWS = 8
 
 
@@ -84,8 +81,9 @@ class RunGuard(Callback):
     Args:
         on_nonfinite: Stop before the update (stop), or leave the update out and go on (skip).
         max_skips: How many updates of a run may be left out before it stops.
-        spike_threshold: Warn when an optimizer step's mean loss lies this many standard deviations (estimated
-            robustly) above the last 64; null for no warning.
+        spike_threshold: Warn when the mean loss of an optimizer step, or the median of the last 8, lies this many
+            standard deviations (estimated robustly, on a logarithmic scale) and 0.5 nats per token above the last 64;
+            null for no warning.
         signals: Signals that announce the end of the machine.
         report_dir: Where batches with non-finite results are saved; the default is the folder "nonfinite" in the
             trainer's default_root_dir.
@@ -98,7 +96,7 @@ class RunGuard(Callback):
         self,
         on_nonfinite: Literal["stop", "skip"] = "stop",
         max_skips: int = 3,
-        spike_threshold: float | None = 8.0,
+        spike_threshold: float | None = 6.0,
         signals: Sequence[str] = ("SIGTERM", "SIGUSR1"),
         report_dir: str | None = None,
     ) -> None:
@@ -120,7 +118,7 @@ class RunGuard(Callback):
         self._batch: Any = None
         self._window: list[tuple[Any, Tensor]] = []  # the micro-batches of the optimizer step under way, and their loss
         self._step = 0
-        self._losses: deque[float] = deque(maxlen=_SPIKE_HISTORY)
+        self._losses = LossWatch(spike_threshold or math.inf)
 
     # Preemption
 
@@ -128,7 +126,7 @@ class RunGuard(Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._leaving = False
         self._flag.received = None
-        self._losses.clear()
+        self._losses = LossWatch(self._losses.threshold)
         if stage == "fit" and _publisher(trainer) is None:
             rank_zero_warn(
                 "RunGuard finds no AdapterCheckpoint among the callbacks: when it is told to stop, it will end the run "
@@ -294,17 +292,16 @@ class RunGuard(Callback):
     def _watch_for_spike(self, trainer: L.Trainer, loss: float, window: list[tuple[Any, Tensor]]) -> None:
         if self.spike_threshold is None or _scaler(trainer) is not None:  # a scaler's losses are scaled
             return
-        history = list(self._losses)
-        self._losses.append(loss)
-        if len(history) < _SPIKE_WARM_UP:
+        rise = self._losses.add(loss)
+        if rise is None:
             return
-        center = statistics.median(history)
-        deviation = 1.4826 * statistics.median(abs(value - center) for value in history)
-        if loss > center + self.spike_threshold * max(deviation, 0.02 * abs(center)):
+        step, told = trainer.global_step, f"{rise.loss:.3f}"
+        if rise.num_steps > 1:
+            told = f"The loss has risen to about {told} over the {rise.num_steps} steps up to step {step}"
+            rank_zero_warn(f"{told}, from about {rise.before:.3f}. If it stays there, lower the learning rate.")
+        else:
             rows = [row for batch, _ in window for row in _rows(trainer, batch)]
-            rank_zero_warn(
-                f"The loss jumped to {loss:.3f} at step {trainer.global_step}, from about {center:.3f}{_named(rows)}."
-            )
+            rank_zero_warn(f"The loss jumped to {told} at step {step}, from about {rise.before:.3f}{_named(rows)}.")
 
     # Memory
 
@@ -324,12 +321,12 @@ class RunGuard(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"num_skipped": self.num_skipped, "losses": list(self._losses)}
+        return {"num_skipped": self.num_skipped, "losses": list(self._losses.losses)}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.num_skipped = state_dict["num_skipped"]
-        self._losses = deque(state_dict["losses"], maxlen=_SPIKE_HISTORY)
+        self._losses = LossWatch(self._losses.threshold, state_dict["losses"])
 
 
 def _publisher(trainer: L.Trainer) -> _Publisher | None:

@@ -358,6 +358,32 @@ def test_an_ordinary_run_has_no_jumps(base, tmp_path, recwarn):
     assert not [w for w in recwarn if "jumped" in str(w.message)]
 
 
+def test_a_loss_that_stays_high_is_told(base, tmp_path):
+    class Worse(SFTModule):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return loss * 1.2 if batch_idx >= 30 else loss
+
+    module = tiny_module(base, lr=1e-6)
+    module.__class__ = Worse
+    with pytest.warns(
+        UserWarning, match=r"The loss has risen to about \d.* over the 8 steps up to step 3\d, from about"
+    ):
+        fit(base, tmp_path, RunGuard(), checkpoint(tmp_path), module=module, data=TinyData(batches=44))
+
+
+def test_no_threshold_no_warning(base, tmp_path, recwarn):
+    class Jump(SFTModule):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * (50 if batch_idx == 20 else 1)
+
+    module = tiny_module(base)
+    module.__class__ = Jump
+    guard = RunGuard(spike_threshold=None)
+    fit(base, tmp_path, guard, checkpoint(tmp_path), module=module, data=TinyData(batches=24))
+    assert not [w for w in recwarn if "jumped" in str(w.message)]
+
+
 # Memory
 
 
