@@ -174,7 +174,8 @@ def _find_packaged_gguf(name: str) -> Path:
 
 def _convert_gguf(path: Path) -> Path:
     """Dequantise a GGUF file into a cached folder of bfloat16 safetensors with its tokenizer."""
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     folder = cache_dir() / "converted" / f"{path.stem}-{digest}-v{_CONVERSION_FORMAT}"
     if (folder / "config.json").is_file():
         return folder

@@ -169,8 +169,8 @@ class Renderer:
         if not self._templates:
             raise RowRefused(
                 "no-chat-template",
-                "The tokenizer has no chat template, so conversations cannot be rendered. Give one as a Jinja file, "
-                "or use prompt-completion rows.",
+                "The tokenizer has no chat template, so conversations cannot be rendered. Write chat_template: "
+                "FILE.jinja, or, for prompts and completions that are to be raw text, format: raw_completion.",
                 dialogue.origin,
             )
         try:
