@@ -11,6 +11,7 @@ import lightning as L
 import pytest
 from lightning.pytorch.strategies import DDPStrategy
 from tiny_chats import Recorder, make_data, write_chats
+from tiny_pairs import pair_data, write_pairs
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork"),
@@ -73,3 +74,21 @@ def test_two_ranks_share_the_rows_and_resume_exactly(tmp_path, streaming):
         assert after["seen"] == before["seen"][3:]
         assert after["weight"] == before["weight"]
     assert whole[0]["seen"] != whole[1]["seen"]
+
+
+@pytest.mark.parametrize("options", [{"share_prompts": True}, {"unpaired": True, "packing": False}], ids=str)
+def test_two_ranks_share_the_pairs_and_resume_exactly(tmp_path, options):
+    source = write_pairs(tmp_path / "train.jsonl", 15)
+    count = 45 if "unpaired" in options else 30
+
+    def data() -> Any:
+        return pair_data(source, tmp_path / "cache", tokens_per_batch=None, **options)
+
+    whole = fit_on_two(data(), RankRecorder(tmp_path, "whole", save_at=2), max_epochs=2)
+    for epoch in range(2):
+        rows = [row for rank in whole for number, _, rows in rank["seen"] if number == epoch for row in rows]
+        assert sorted(row for row in rows if row >= 0) == list(range(count))
+    assert len(whole[0]["seen"]) == len(whole[1]["seen"])
+    resumed = fit_on_two(data(), RankRecorder(tmp_path, "resumed"), str(tmp_path / "whole.ckpt"), max_epochs=2)
+    for before, after in zip(whole, resumed, strict=True):
+        assert after["seen"] == before["seen"][2:]

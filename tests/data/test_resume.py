@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tiny_chats import Recorder, fit, make_data, write_chats
+from tiny_pairs import pair_data, write_pairs
 
 from lightning_qlora.data.resume import TrainingPosition, check_identity, gather_states, hash_arrays
 
@@ -26,10 +27,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("resume")
     write_chats(folder / "train.jsonl", 24)
     write_chats(folder / "validation.jsonl", 6, first=1000)
+    write_pairs(folder / "train_pairs.jsonl", 24)
+    write_pairs(folder / "validation_pairs.jsonl", 6, first=1000)
     return folder
 
 
-def data(folder: Path, **options: Any):
+def data(folder: Path, *, pairs: bool = False, **options: Any):
+    if pairs:
+        validation = str(folder / "validation_pairs.jsonl")
+        return pair_data(folder / "train_pairs.jsonl", folder / "cache", validation=validation, **options)
     return make_data(folder / "train.jsonl", folder / "cache", validation=str(folder / "validation.jsonl"), **options)
 
 
@@ -60,16 +66,26 @@ def test_resumed_run_goes_on_with_the_next_batch(folder, tmp_path, trainer, savi
     check_every_checkpoint(folder, tmp_path, trainer, saving)
 
 
+PAIRS = [{"share_prompts": True}, {"packing": False}, {"unpaired": True}]
+
+
+@pytest.mark.parametrize("options", PAIRS, ids=str)
+def test_so_does_one_over_pairs(folder, tmp_path, options):
+    trainer = {"max_epochs": 2, "val_check_interval": 2}
+    check_every_checkpoint(folder, tmp_path, trainer, {"every_n_train_steps": 4}, pairs=True, **options)
+
+
 def test_a_schedule_that_asks_for_the_number_of_steps_loses_no_position(folder, tmp_path):
     check_every_checkpoint(folder, tmp_path, {"max_epochs": 2, "val_check_interval": 2}, STEPS, ask_for_steps=True)
 
 
-def check_every_checkpoint(folder, tmp_path, trainer, saving, *, ask_for_steps=False):
-    whole = fit(data(folder), callbacks=[save_everywhere(tmp_path, **saving)], **trainer)
+def check_every_checkpoint(folder, tmp_path, trainer, saving, *, ask_for_steps=False, **options):
+    whole = fit(data(folder, **options), callbacks=[save_everywhere(tmp_path, **saving)], **trainer)
     checkpoints = sorted(tmp_path.glob("*.ckpt"))
     assert len(checkpoints) >= 2
     for checkpoint in checkpoints:
-        resumed = fit(data(folder), Recorder(ask_for_steps=ask_for_steps), ckpt_path=str(checkpoint), **trainer)
+        recorder = Recorder(ask_for_steps=ask_for_steps)
+        resumed = fit(data(folder, **options), recorder, ckpt_path=str(checkpoint), **trainer)
         done = len(whole.seen) - len(resumed.seen)
         assert resumed.seen == whole.seen[done:], checkpoint.name
         assert resumed.weight.item() == whole.weight.item()
@@ -184,6 +200,17 @@ def test_other_batches_are_refused_by_name(folder, tmp_path, change, named):
             ckpt_path=str(next(tmp_path.glob("epoch=0*"))),
             **trainer,
         )
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"share_prompts": True}, "share_prompts"), ({"unpaired": True}, "task"), ({"seed": 1}, "seed")],
+)
+def test_other_batches_of_pairs_are_refused_by_name(folder, tmp_path, change, named):
+    trainer = {"max_epochs": 2, "limit_val_batches": 0}
+    fit(data(folder, pairs=True), callbacks=[save_everywhere(tmp_path, **EPOCHS)], **trainer)
+    with pytest.raises(MisconfigurationException, match=rf"changed: .*\b{named}\b"):
+        fit(data(folder, pairs=True, **change), ckpt_path=str(next(tmp_path.glob("epoch=0*"))), **trainer)
 
 
 def test_other_rows_are_refused_but_only_for_training(folder, tmp_path):
