@@ -6,13 +6,14 @@ import copy
 import re
 import warnings
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from accelerate.utils import set_module_tensor_to_device  # type: ignore[import-untyped]
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import safe_open
@@ -86,6 +87,7 @@ class AdaptedModel:
         quantization: The 4-bit options of the training, to merge onto the weights that training saw; ``None`` to merge
             onto those of the files.
         dtype: That training loaded the base in.
+        with_adapter: Whether the adapter takes effect; without it this is the base as the adapter was trained on it.
         trust_remote_code: Whether Python code of the base's folder may run.
 
     Raises:
@@ -99,6 +101,7 @@ class AdaptedModel:
         *,
         quantization: BitsAndBytesConfig | None,
         dtype: torch.dtype,
+        with_adapter: bool = True,
         trust_remote_code: bool = False,
     ) -> None:
         self.base = base
@@ -122,6 +125,8 @@ class AdaptedModel:
         self.adapted = _adapted_modules(self.peft_model)
         """Paths of the modules that the adapter changes, by their names in the plain model."""
         self._keys, self._replaced = self._match_keys(shapes)
+        if not with_adapter:
+            self.adapted, self._replaced = frozenset(), {}
         self._check_files()
         self._made: dict[str, Tensor] = {}
         self.is_tied = self._stays_tied()
@@ -170,6 +175,41 @@ class AdaptedModel:
             self._made = {}  # before the next one takes memory
             self._made = self._merged_module(path)
         return self._made.pop(name)
+
+    def lora_pairs(self) -> dict[str, tuple[Tensor, Tensor, float]]:
+        """Return A of shape (r, in), B of shape (out, r) and their scale, by the name of the weight they change.
+
+        Raises:
+            ValueError: If the adapter is more than that: what the pairs alone would leave out.
+        """
+        pairs = {}
+        for path in sorted(self.adapted):
+            module = self.peft_model.get_submodule(_PREFIX + path)
+            kind = None
+            if not isinstance(module, LoraLinear):
+                kind = (
+                    "modules_to_save or trainable_token_indices"
+                    if isinstance(module, AuxiliaryTrainingWrapper)
+                    else "a LoRA of the embedding"
+                )
+            elif module.lora_variant:
+                kind = "DoRA"
+            elif module.lora_bias["default"]:
+                kind = "lora_bias"
+            elif f"{path}.weight" in self._tied_names():
+                kind = "a LoRA of a head that is tied to the embedding"
+            if kind is not None or self._replaced:
+                raise ValueError(
+                    f"The adapter changes {path if kind else next(iter(self._replaced))} by "
+                    f"{kind or 'a trained bias'}, which A and B cannot express. Merge it, and export the merged model."
+                )
+            trained: Any = module
+            a, b = (
+                self._adapter_tensor(self._keys[id(part["default"].weight)])
+                for part in (trained.lora_A, trained.lora_B)
+            )
+            pairs[f"{path}.weight"] = (a, b, float(trained.scaling["default"]))
+        return pairs
 
     # One layer
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["model_card"]
+__all__ = ["adapter_card", "model_card"]
 
 _LEFT_OUT = {"adapter", "model_kwargs", "max_new_tokens", "revision", "trust_remote_code", "model_name"}
 
@@ -20,7 +20,10 @@ def model_card(name: str, report: Mapping[str, Any], record: Mapping[str, Any], 
         lora: ``adapter_config.json``.
     """
     parts = [
-        _front_matter(report),
+        _front_matter(
+            str(report["base"]["name"]),
+            ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- qlora", "- merged"],
+        ),
         f"# {name}",
         _what_it_is(report, record, lora),
         _data(record),
@@ -32,11 +35,39 @@ def model_card(name: str, report: Mapping[str, Any], record: Mapping[str, Any], 
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _front_matter(report: Mapping[str, Any]) -> str:
-    lines = ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- qlora", "- merged"]
-    base = str(report["base"]["name"])
+def adapter_card(name: str, base: str, record: Mapping[str, Any], lora: Mapping[str, Any]) -> str:
+    """Write the card of an adapter that is published alone.
+
+    Args:
+        name: Of the adapter: its folder.
+        base: The base it was trained on.
+        record: What its manifest says of the run; empty where it has none.
+        lora: ``adapter_config.json``.
+    """
+    quantization = (record.get("identity") or {}).get("quantization") or {}
+    kind = quantization.get("bnb_4bit_quant_type")
+    stored = f"4-bit {kind.upper()}" if kind else "unquantised" if record.get("identity") else "unknown precision"
+    parts = [
+        _front_matter(base, ["library_name: peft", "pipeline_tag: text-generation", "tags:", "- qlora", "- lora"]),
+        f"# {name}",
+        f"A LoRA adapter ({_kind_of_lora(lora)}) for `{base}`, trained on its weights in {stored}.",
+        _data(record),
+        _training(record),
+        _metrics(record),
+        "## Limits\n\n- The limits and the license of the base hold for this adapter too.\n"
+        "- It corrects the weights that it was trained on; on a base stored otherwise its answers differ.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _kind_of_lora(lora: Mapping[str, Any]) -> str:
+    kinds = [word for word, option in (("DoRA", "use_dora"), ("rsLoRA", "use_rslora")) if lora.get(option)]
+    return ", ".join([f"rank {lora.get('r')}, alpha {lora.get('lora_alpha')}", *kinds])
+
+
+def _front_matter(base: str, lines: list[str]) -> str:
     if base.count("/") == 1 and not base.startswith((".", "/", "~")):  # a hub id, which the hub links
-        lines.insert(0, f"base_model: {base}")
+        lines = [f"base_model: {base}", *lines]
     return "\n".join(["---", *lines, "---"])
 
 
@@ -47,14 +78,15 @@ def _what_it_is(report: Mapping[str, Any], record: Mapping[str, Any], lora: Mapp
         "dequantized": f"the {report['quantization']} weights that the adapter was trained on, dequantised",
         "original": "the base's original weights",
     }[report["onto"]]
-    rank = f"rank {lora.get('r')}, alpha {lora.get('lora_alpha')}"
-    kinds = [word for word, option in (("DoRA", "use_dora"), ("rsLoRA", "use_rslora")) if lora.get(option)]
-    return (
-        f"`{base['name']}`{revision} with a LoRA adapter ({', '.join([rank, *kinds])}) merged onto {onto}, "
-        f"stored as {report['dtype']}."
-        + (f" The adapter is that of optimizer step {record['step']}." if "step" in record else "")
-        + "\n\nChat template, stop tokens and tokenizer are those of the training."
-    )
+    if report["adapter"] is None:
+        what = f"`{base['name']}`{revision} with {onto}, stored as {report['dtype']}: the base of an adapter."
+    else:
+        what = (
+            f"`{base['name']}`{revision} with a LoRA adapter ({_kind_of_lora(lora)}) merged onto {onto}, "
+            f"stored as {report['dtype']}."
+        )
+        what += f" The adapter is that of optimizer step {record['step']}." if "step" in record else ""
+    return f"{what}\n\nChat template, stop tokens and tokenizer are those of the training."
 
 
 def _data(record: Mapping[str, Any]) -> str:

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from transformers import BitsAndBytesConfig
 
-from lightning_qlora.model import compute_dtype, nf4
+from lightning_qlora.model import compute_dtype, nf4, read_adapter_base
 from lightning_qlora.publishing import read_manifest, verify
 
-__all__ = ["TrainingRecord", "read_training_record"]
+__all__ = ["TrainingRecord", "adapter_options", "base_of", "read_training_record"]
 
 
 class TrainingRecord(NamedTuple):
@@ -72,6 +72,17 @@ def _loaded_dtype(metadata: Mapping[str, Any]) -> torch.dtype:
         return dtype
     quantizer = (metadata.get("identity") or {}).get("base", {}).get("quantizer") or ""
     return torch.bfloat16 if quantizer.endswith("cuda") else compute_dtype(torch.device("cpu"))
+
+
+def base_of(adapter: Path, metadata: Mapping[str, Any]) -> tuple[str, str | None]:
+    """Return the name and revision of the base that an adapter was trained on, as the run was given them.
+
+    PEFT writes down the folder that the base was loaded from, which for a converted one is a cache of that machine.
+    """
+    module = (metadata.get("config") or {}).get("module") or {}
+    if module.get("model_name"):
+        return module["model_name"], module.get("revision")
+    return read_adapter_base(adapter)
 
 
 def adapter_options(adapter: Path) -> dict[str, Any]:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit, Params4bit
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_qlora.data.chat_template import ChatTemplate
@@ -146,14 +149,24 @@ def _encode(template: ChatTemplate, row: Conversation | Completion) -> list[int]
 
 
 def in_float32(model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
-    """Let a model compute in float32 on the very weights that it has, so that only weights are compared."""
+    """Let a model compute in float32 on the weights that it was trained on, so that only weights are compared.
+
+    bitsandbytes dequantises into the dtype of its input, so in float32 it would compute with finer weights than those
+    that training rounded to bfloat16.
+    """
     for module in model.modules():
         if isinstance(module, Linear4bit):
-            module.compute_dtype = torch.float32
+            module.forward = partial(_forward_as_trained, module)  # type: ignore[method-assign]
         for parameter in module.parameters(recurse=False):
             if parameter.is_floating_point() and not isinstance(parameter, Params4bit):
                 parameter.data = parameter.data.float()  # in place, so that tied parameters stay one
     return model.eval()
+
+
+def _forward_as_trained(module: Linear4bit, x: Tensor) -> Tensor:
+    packed: Any = module.weight
+    weight = dequantize_4bit(packed.data, packed.quant_state)  # of the dtype that the base was loaded in
+    return functional.linear(x, weight.to(x.dtype), module.bias)
 
 
 def measure_agreement(
