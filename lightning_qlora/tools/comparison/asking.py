@@ -122,6 +122,7 @@ def ask_merged(
 def _ask(
     model: PreTrainedModel | PeftModel, template: ChatTemplate, questions: list[Question], name: str, decoding: Decoding
 ) -> AnswerSheet:
+    print(f"{name} answers {len(questions)} questions.", file=sys.stderr, flush=True)
     torch.manual_seed(decoding.seed)
     return answer_questions(
         model,

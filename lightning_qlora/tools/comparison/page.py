@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, get_args
 
-from lightning_qlora.evaluation import METRICS, Question
-from lightning_qlora.tools.comparison.charts import Interval, draw_intervals
+from lightning_qlora.evaluation import METRICS, Estimate, Question, Verdict
+from lightning_qlora.tools.comparison.charts import Group, Interval, draw_intervals
 from lightning_qlora.tools.comparison.findings import Comparison, Participant
 from lightning_qlora.tools.comparison.limits import SIGNIFICANCE
 from lightning_qlora.tools.comparison.marking import Piece, mark_differences
 from lightning_qlora.tools.comparison.terminal import describe_difference, describe_estimate, number
-from lightning_qlora.tools.html import render_document
-from lightning_qlora.tools.inspection.samples import visible
+from lightning_qlora.tools.html import render_document, visible
 
 __all__ = ["render_page"]
+
+_SURE, _UNSURE = 1, 5  # colours of the style: blue, light grey
 
 
 def render_page(comparison: Comparison) -> str:
@@ -42,64 +45,59 @@ def render_page(comparison: Comparison) -> str:
 
 
 def _score_charts(comparison: Comparison) -> list[tuple[str, Any]]:
-    """Draw all rates into one chart for each participant's colour, and perplexity, which has another axis, alone."""
+    """Draw all rates into one chart, and perplexity, which has another axis, into its own."""
     shares = [name for name in comparison.metrics if not METRICS[name].is_perplexity]
-    charts = [("Scores, in per cent", draw_intervals(_share_rows(comparison, shares), "Scores", bounds=(0, 100)))]
+    groups = [Group(METRICS[name].title, _intervals(comparison.scores, name)) for name in shares]
+    charts = [("Scores, in per cent", draw_intervals(groups, "Scores", bounds=(0, 100)))]
     if "perplexity" in comparison.metrics:
-        rows = [
-            Interval(name, found.value, found.low, found.high, describe_estimate("perplexity", found), series)
-            for series, (name, scores) in enumerate(comparison.scores.items())
-            if (found := scores["perplexity"]).num_questions
-        ]
-        title = "Perplexity of the references, lower is better"
-        charts.append((title, draw_intervals(rows, title, bounds=(1, 1.1))))
+        title = "Perplexity of the references: lower is better"
+        groups = [Group("perplexity", _intervals(comparison.scores, "perplexity"))]
+        charts.append((title, draw_intervals(groups, title, bounds=(1, 1.1))))
     return charts
-
-
-def _share_rows(comparison: Comparison, metrics: list[str]) -> list[Interval]:
-    rows = []
-    for metric in metrics:
-        for series, (name, scores) in enumerate(comparison.scores.items()):
-            found = scores[metric]
-            if found.num_questions:
-                values = (100 * found.value, 100 * found.low, 100 * found.high)
-                label = f"{METRICS[metric].title}: {name}" if len(comparison.scores) > 1 else METRICS[metric].title
-                rows.append(Interval(label, *values, describe_estimate(metric, found), series))
-    return rows
 
 
 def _tag_chart(comparison: Comparison) -> Any:
     """Draw the rate of right answers by tag; ``None`` where there are no tags or no checks."""
-    rows = []
-    for tag, tagged in comparison.tags.items():
-        for series, (name, scores) in enumerate(tagged.scores.items()):
-            found = scores.get("exact")
-            if found is not None and found.num_questions:
-                values = (100 * found.value, 100 * found.low, 100 * found.high)
-                rows.append(Interval(f"{tag}: {name}", *values, describe_estimate("exact", found), series))
-    return draw_intervals(rows, "Exactly right answers by tag", bounds=(0, 100)) if rows else None
+    if "exact" not in comparison.metrics:
+        return None
+    groups = [Group(tag, _intervals(tagged.scores, "exact")) for tag, tagged in comparison.tags.items()]
+    groups = [group for group in groups if group.intervals]
+    return draw_intervals(groups, "Exactly right answers by tag", bounds=(0, 100)) if groups else None
+
+
+def _intervals(scores: Mapping[str, Mapping[str, Estimate]], metric: str) -> list[Interval]:
+    """One interval for each participant, in per cent where the score is a share."""
+    scale = 1 if METRICS[metric].is_perplexity else 100
+    return [
+        Interval(
+            scale * found.value,
+            scale * found.low,
+            scale * found.high,
+            f"{name} {describe_estimate(metric, found)}",
+            series,
+        )
+        for series, (name, by_metric) in enumerate(scores.items())
+        if (found := by_metric[metric]).num_questions
+    ]
 
 
 def _pair(comparison: Comparison, index: int) -> dict[str, Any]:
     pair = comparison.pairs[index]
-    rows = [
-        Interval(
-            METRICS[name].title,
-            100 * found.value,
-            100 * found.low,
-            100 * found.high,
-            describe_difference(name, found, pair.p_corrected[name]),
-            0 if pair.p_corrected[name] < SIGNIFICANCE else 5,
-        )
-        for name, found in pair.differences.items()
-        if found.num_questions and not METRICS[name].is_perplexity
-    ]
-    counts: dict[str, int] = {}
-    for verdict in pair.verdicts:
-        if verdict is not None:
-            counts[verdict] = counts.get(verdict, 0) + 1
-    chart = draw_intervals(rows, f"{pair.after} against {pair.before}", bounds=(-10, 10), zero=True)
-    return {"found": pair, "chart": chart, "counts": counts}
+    groups = []
+    for name, found in pair.differences.items():
+        if found.num_questions and not METRICS[name].is_perplexity:
+            p_value = pair.p_corrected[name]
+            text = ", ".join(describe_difference(name, found, p_value))
+            series = _SURE if p_value < SIGNIFICANCE else _UNSURE
+            interval = Interval(100 * found.value, 100 * found.low, 100 * found.high, text, series)
+            groups.append(Group(METRICS[name].title, [interval]))
+    chart = draw_intervals(groups, f"{pair.after} against {pair.before}", bounds=(-10, 10), zero=True)
+    counts = Counter(verdict for verdict in pair.verdicts if verdict is not None)
+    return {
+        "found": pair,
+        "chart": chart,
+        "counts": [(kind, counts[kind]) for kind in get_args(Verdict) if counts[kind]],
+    }
 
 
 def _question(comparison: Comparison, index: int) -> dict[str, Any]:

@@ -74,7 +74,8 @@ def _pair(pair: PairFindings) -> Iterator[str]:
     yield f"{pair.after} against {pair.before}: {verdict_line([v for v in pair.verdicts if v is not None])}."
     for metric, found in pair.differences.items():
         if found.num_questions:
-            yield f"  {METRICS[metric].title:26} {describe_difference(metric, found, pair.p_corrected[metric])}"
+            described = ", ".join(describe_difference(metric, found, pair.p_corrected[metric]))
+            yield f"  {METRICS[metric].title:26} {described}"
 
 
 def describe_estimate(metric: str, found: Estimate) -> str:
@@ -90,14 +91,14 @@ def describe_estimate(metric: str, found: Estimate) -> str:
     return f"{100 * found.value:.1f} % {interval}"
 
 
-def describe_difference(metric: str, found: Difference, p_corrected: float) -> str:
-    """Write a difference with its interval and its p-value: rates in percentage points."""
+def describe_difference(metric: str, found: Difference, p_corrected: float) -> tuple[str, str, str]:
+    """Write a difference with its interval, its p-value, and the test: rates in percentage points."""
     if METRICS[metric].is_perplexity:
         text = f"{found.value:+.3g} [{found.low:+.3g}, {found.high:+.3g}]"
     else:
         text = f"{100 * found.value:+.1f} points [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
     p_value = "p < 0.001" if p_corrected < 0.001 else f"p = {p_corrected:.3f}"
-    return f"{text}, {p_value} ({found.test})"
+    return text, p_value, found.test
 
 
 def number(value: float) -> str:

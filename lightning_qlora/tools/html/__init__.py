@@ -1,5 +1,6 @@
 """Pages that hold everything they show and load nothing: what all tools' pages have in common."""
 
 from lightning_qlora.tools.html.document import render_document
+from lightning_qlora.tools.html.text import visible
 
-__all__ = ["render_document"]
+__all__ = ["render_document", "visible"]
