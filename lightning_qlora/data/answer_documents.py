@@ -77,7 +77,7 @@ class AnswerDocuments(Documents):
         if self.partners is None:
             return lengths
         own = prompts[self.row_offsets[:-1]]
-        return np.append(lengths, np.where(self.partners < 0, 0, own + (lengths - prompts)[self.partners]))
+        return np.append(lengths, np.where(self.partners == NO_PARTNER, 0, own + (lengths - prompts)[self.partners]))
 
     @override
     def origin(self, index: int) -> Origin:
@@ -106,13 +106,17 @@ class AnswerDocuments(Documents):
         numbers[~mismatched] = np.arange(len(self.prepared))
         return numbers, offsets
 
-    def positions_of_rows(self, *, share_prompts: bool) -> IntArray:
-        """Return how many positions of a packed batch each row takes."""
-        numbers, offsets = self.by_row()
-        positions = np.add.reduceat(self.lengths[numbers], offsets[:-1]) if len(numbers) else np.empty(0, np.int64)
-        if share_prompts:
-            positions = positions - self.prepared.prompt_lengths[self.row_offsets[:-1]] * (np.diff(offsets) - 1)
-        return np.asarray(positions, dtype=np.int64)
+    def positions(self, *, share_prompts: bool) -> IntArray:
+        """Return how many positions of a packed batch each document takes."""
+        lengths = self.lengths
+        if not share_prompts:
+            return lengths
+        prompts = self.prepared.prompt_lengths
+        branches = np.where(self.prepared.kinds == AnswerKind.REJECTED, prompts, 0)
+        if self.partners is not None:
+            own = prompts[self.row_offsets[:-1]]
+            branches = np.append(branches, np.where(self.partners == NO_PARTNER, 0, own))
+        return lengths - branches
 
     def expand(self, plan: BatchPlan, rows: IntArray) -> BatchPlan:
         """Turn a plan of rows into one of their documents.

@@ -221,6 +221,11 @@ class PreparedDataModule(L.LightningDataModule):
         return self._encoder
 
     @property
+    def encoder(self) -> RowEncoder:
+        """What turns rows into documents."""
+        return self._encoder
+
+    @property
     def chat(self) -> ChatTemplate:
         """What turns conversations into tokens and masks."""
         return self._encoder.chat

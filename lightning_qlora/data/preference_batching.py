@@ -41,17 +41,18 @@ class PreferenceBatching(Batching):
         Returns:
             A plan of documents.
         """
+        numbers, offsets = documents.by_row()
         if self.packing:
             assert self.tokens_per_batch is not None
-            positions = documents.positions_of_rows(share_prompts=self.share_prompts)[rows]
-            return documents.expand(pack_documents(positions, self.tokens_per_batch, seed=seed), rows)
-        numbers, offsets = documents.by_row()
+            positions = documents.positions(share_prompts=self.share_prompts)
+            by_row = np.add.reduceat(positions[numbers], offsets[:-1])[rows] if len(rows) else rows
+            return documents.expand(pack_documents(by_row, self.tokens_per_batch, seed=seed), rows)
         lengths = documents.lengths
         longest = np.maximum.reduceat(lengths[numbers], offsets[:-1])[rows] if len(rows) else rows
         most = int(np.diff(offsets).max(initial=1))
         budget = None if self.tokens_per_batch is None else self.tokens_per_batch // most
-        by_row = group_by_length(longest, batch_size=self.batch_size, tokens_per_batch=budget, seed=seed)
-        plan = documents.expand(by_row, rows)
+        grouped = group_by_length(longest, batch_size=self.batch_size, tokens_per_batch=budget, seed=seed)
+        plan = documents.expand(grouped, rows)
         used = lengths[plan.rows]
         capacity = np.maximum.reduceat(used, plan.offsets[:-1]) * np.diff(plan.offsets) if len(plan) else used
         return replace(plan, num_tokens=int(used.sum()), capacity=int(capacity.sum()))
