@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect as python_inspect
+import itertools
 import logging
 import os
 import sys
@@ -201,7 +202,14 @@ def _default_logger(logger: Any, default_root_dir: Any) -> Any:
 
 
 def _expand_shortcuts(args: list[str]) -> list[str]:
-    """``--optimizer`` and ``--lr_scheduler`` are LightningCLI's usual names for what the module builds here."""
+    """Spell out what has a shorter spelling.
+
+    ``--optimizer`` and ``--lr_scheduler`` are LightningCLI's usual names for what the module builds here; runs to plot
+    are named as files are elsewhere.
+    """
+    if args[:1] == ["plot"]:
+        runs = list(itertools.takewhile(lambda argument: not argument.startswith("-"), args[1:]))
+        args = ["plot", *(f"--runs+={run}" for run in runs), *args[1 + len(runs) :]]
     full = {"--optimizer": "--model.optimizer", "--lr_scheduler": "--model.lr_scheduler"}
     expanded = []
     for argument in args:

@@ -6,17 +6,21 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning_qlora.tools.compare import compare
+from lightning_qlora.tools.export import export
 from lightning_qlora.tools.generate import generate
 from lightning_qlora.tools.inspect_data import inspect_data
 from lightning_qlora.tools.merge import merge
+from lightning_qlora.tools.plot import plot
 
-__all__ = ["PLANNING_TOOLS", "TOOLS", "compare", "generate", "inspect_data", "merge"]
+__all__ = ["PLANNING_TOOLS", "TOOLS", "compare", "export", "generate", "inspect_data", "merge", "plot"]
 
 TOOLS: dict[str, Callable[..., Any]] = {
     "compare": compare,
+    "export": export,
     "generate": generate,
     "inspect": inspect_data,
     "merge": merge,
+    "plot": plot,
 }
 """Subcommands by name. A parameter called model, datamodule or trainer receives that object of the run."""
 

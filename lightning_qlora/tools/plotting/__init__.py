@@ -1,0 +1,1 @@
+"""What a run logged, as curves in the terminal and on a page."""
