@@ -84,12 +84,13 @@ class AnswerDocuments(Documents):
         row = index - len(self.prepared)
         return self.prepared.origin(index if row < 0 else int(self.row_offsets[row]))
 
-    @property
-    def digest(self) -> str:
-        """A hash that is equal exactly if the numbers, token ids and supervised positions of the documents are."""
+    def digest(self, rows: IntArray) -> str:
+        """Return a hash that is equal exactly if rows have documents of the same numbers, tokens and supervision."""
         partners = np.empty(0, dtype=np.int64) if self.partners is None else self.partners
         prepared = self.prepared
-        return hash_arrays(prepared.digests, prepared.lengths, prepared.kinds, prepared.spans, partners)
+        return hash_arrays(
+            np.unique(rows), prepared.digests, prepared.lengths, prepared.kinds, prepared.spans, partners
+        )
 
     def by_row(self) -> tuple[IntArray, IntArray]:
         """Return the documents of all rows one after the other, mismatches last, and where each row begins."""

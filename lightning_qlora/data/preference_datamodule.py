@@ -131,7 +131,7 @@ class PreferenceDataModule(PreparedDataModule):
 
     def documents_digest(self, stage: Stage) -> str:
         """Return a hash that is equal exactly if the numbers, tokens and supervised positions of the documents are."""
-        return self._documents(stage).digest
+        return self._documents(stage).digest(self._stages[stage].rows)
 
     def reference_batches(self, stage: Stage) -> DataLoader[Any]:
         """Return batches that hold each document of a stage once over all ranks: this rank's share."""

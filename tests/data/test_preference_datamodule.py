@@ -183,6 +183,16 @@ def test_reference_log_probs_follow_their_documents(folder, options):
         module.set_reference_log_probs("train", log_probs[:-1])
 
 
+def test_stages_of_one_source_have_documents_of_their_own(folder):
+    module = data(folder, validation_fraction=0.25)
+    digests = {stage: module.documents_digest(stage) for stage in module.preference_stages}
+    assert list(digests) == ["train", "validation"]
+    assert len(set(digests.values())) == 2  # a reference computed for one does not do for the other
+    rows = {stage: {row for b in module.reference_batches(stage) for row in b["row_ids"]} for stage in digests}
+    assert rows["train"] | rows["validation"] == set(range(2 * COUNT))
+    assert not rows["train"] & rows["validation"]
+
+
 def test_digest_of_the_documents(folder):
     digest = data(folder).documents_digest("train")
     assert digest == data(folder, packing=False).documents_digest("train")
