@@ -14,11 +14,13 @@ from typing import Any, NoReturn
 import lightning as L
 import torch
 from docstring_parser import parse as parse_docstring
+from jsonargparse import set_parsing_settings
 from lightning.pytorch.callbacks import Callback, ModelSummary
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from peft import LoftQConfig
 from typing_extensions import override
 
 from lightning_qlora.callbacks import AdapterCheckpoint, PerformanceMonitor, PredictionWriter, RunGuard, RunSummary
@@ -81,6 +83,9 @@ class QLoRACLI(LightningCLI):
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        # jsonargparse 4.53 checks what a model of another class than the default keeps of its options, and cannot read
+        # again what it has checked, unless a plain dataclass such as this one is bound like a class.
+        set_parsing_settings(subclasses_enabled=[LoftQConfig])
         quantization = {
             "load_in_4bit": True,
             "bnb_4bit_quant_type": "nf4",

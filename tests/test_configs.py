@@ -27,6 +27,8 @@ def workplace(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     rows = [{"prompt": f"What is {i} plus {i}?", "completion": f"It is {2 * i}."} for i in range(60)]
     (tmp_path / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = [{"prompt": f"What is {i}?", "chosen": f"It is {i}.", "rejected": f"{i}, of course!"} for i in range(60)]
+    (tmp_path / "data" / "preferences.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     return tmp_path
 
 
@@ -44,7 +46,7 @@ def test_configuration_runs_with_a_tiny_model(config, base, workplace, capsys):
         "--trainer.log_every_n_steps=1",
         "--trainer.enable_progress_bar=false",
         "--data.max_length=2048",
-        "--data.tokens_per_batch=2048",
+        "--data.tokens_per_batch=4096",
     ]
     assert main(arguments) == 0, capsys.readouterr().err
     root = Path(options["trainer"]["default_root_dir"])
