@@ -13,9 +13,10 @@ from tiny import tiny_tokenizer
 
 from lightning_qlora.data import DataSource, SFTDataModule
 from lightning_qlora.data.truncation import OUTCOMES
+from lightning_qlora.tools.html import visible
 from lightning_qlora.tools.inspection import Thresholds, gather, judge, planning_settings
 from lightning_qlora.tools.inspection.figures import describe_plan, describe_stage
-from lightning_qlora.tools.inspection.samples import choose_rows, split_segments, visible
+from lightning_qlora.tools.inspection.samples import choose_rows, split_segments
 from lightning_qlora.tools.inspection.thresholds import describe_missed
 
 

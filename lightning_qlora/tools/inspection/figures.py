@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from lightning_qlora.data.report import AnswerLengths
+from lightning_qlora.tools.html import visible
 from lightning_qlora.tools.inspection.findings import (
     SHARE_BINS,
     BatchFindings,
@@ -15,10 +17,10 @@ from lightning_qlora.tools.inspection.findings import (
     RunPlan,
     StageFindings,
 )
-from lightning_qlora.tools.inspection.samples import visible
 
 __all__ = [
     "Histogram",
+    "describe_answers",
     "describe_batches",
     "describe_bos",
     "describe_leakage",
@@ -42,7 +44,7 @@ _OUTCOMES: dict[str, str] = {
     "cut-end": "are cut at the end",
     "too-long": "are refused",
 }
-_POLICIES = {"all": "all assistant turns", "last": "the last assistant turn"}
+_POLICIES = {"all": "all assistant turns", "last": "the last assistant turn", "answers": "the judged answers"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,9 +158,24 @@ def describe_stage(stage: StageFindings) -> Rows:
         rows.append(("Lengths", f"{lengths} tokens, as kept"))
     supervised = f"{stage.num_supervised_tokens:,} supervised ({share(stage.supervised_fraction)})"
     rows.append(("Tokens", f"{stage.num_tokens:,}, {supervised}"))
+    if stage.answers is not None:
+        rows.append(("Answers", describe_answers(stage.answers)))
     rows.append(("BOS", describe_bos(stage)))
     rows.append(("Duplicates", f"{stage.num_duplicates:,} rows equal an earlier one"))
     return [*rows, *describe_batches(stage.batches)]
+
+
+def describe_answers(answers: AnswerLengths) -> str:
+    """Return how long good and bad answers are."""
+    good, bad = answers.mean_chosen_tokens, answers.mean_rejected_tokens
+    if not answers.num_pairs:
+        counts = f"{answers.num_chosen:,} desirable and {answers.num_rejected:,} undesirable"
+        return f"{counts}, of {good:,.1f} and {bad:,.1f} tokens on average"
+    same = answers.num_pairs - answers.chosen_longer - answers.rejected_longer
+    longer = f"{share(answers.chosen_longer_share)}, the rejected one in {share(answers.rejected_longer_share)}"
+    means = f"chosen ones have {good:,.1f} tokens on average, rejected ones {bad:,.1f}"
+    equal = f"; {number(same, 'pair has', 'pairs have')} two of one length" if same else ""
+    return f"{means}; the chosen one is longer in {longer} of {answers.num_pairs:,} pairs{equal}"
 
 
 def describe_batches(batches: BatchFindings) -> Rows:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from lightning_qlora.data.report import PreparationReport
+from lightning_qlora.data.report import AnswerLengths, PreparationReport
 
 __all__ = [
     "SHARE_BINS",
@@ -46,7 +46,7 @@ class TemplateFindings:
     Attributes:
         tokenizer: Its name or folder.
         fingerprint: Hash of all that decides ids and masks: template, tokenizer, variables, supervision policy.
-        supervise: Which assistant turns are learned.
+        supervise: Which assistant turns are learned: ``all``, the ``last``, or of preferences the ``answers``.
         bos_token: The beginning-of-sequence token, if there is one.
         stop_tokens: What supervised turns end with, where generation stops.
         control_tokens: What the chat template writes beside text.
@@ -143,14 +143,14 @@ class Repeat:
 
 @dataclass(frozen=True, slots=True)
 class StageFindings:
-    """The rows of one stage.
+    """The rows of one stage. A pair of answers to one prompt is one row, as long as its longer side.
 
     Attributes:
         name: ``train``, ``validation`` or ``test``.
         report: What became of every row read; ``None`` where the rows are held out of the training rows.
         num_rows: Rows of an epoch, with those that a weight repeats.
         num_distinct_rows: Rows of the files in use.
-        num_tokens: Tokens of an epoch.
+        num_tokens: Tokens of an epoch; prompts that answers share count once.
         num_supervised_tokens: The supervised ones among them.
         length_step: Width of a step of ``lengths``, in tokens.
         lengths: Rows by length before the limit (as kept, where there is no report): the key is the upper bound of
@@ -161,6 +161,7 @@ class StageFindings:
         duplicates: The first of them.
         batches: How they share batches.
         what_if: Other length limits, shortest first; empty where there is no report.
+        answers: Of preference data how long good and bad answers are, of the different rows in use.
     """
 
     name: str
@@ -177,6 +178,7 @@ class StageFindings:
     duplicates: list[Repeat]
     batches: BatchFindings
     what_if: list[LengthWhatIf]
+    answers: AnswerLengths | None = None
 
     @property
     def supervised_fraction(self) -> float:
@@ -265,6 +267,8 @@ class Sample:
         segments: Its text, in order.
         refused: Why it cannot be used, if it was asked for and cannot.
         asked: Whether it was asked for by its place.
+        answer: What its answer is in preference data: ``chosen``, ``desirable`` or ``undesirable``.
+        rejected: Of a pair, the text of the rejected answer, which stands behind the same prompt.
     """
 
     stage: str
@@ -275,6 +279,8 @@ class Sample:
     segments: list[Segment]
     refused: str | None = None
     asked: bool = False
+    answer: str | None = None
+    rejected: list[Segment] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,6 +342,9 @@ class Inspection:
         for stage, plain in zip(self.stages, values["stages"], strict=True):
             plain["supervised_fraction"] = stage.supervised_fraction
             plain["batches"]["saved_fraction"] = stage.batches.saved_fraction
+            if stage.answers is not None:
+                means = ("mean_chosen_tokens", "mean_rejected_tokens", "chosen_longer_share", "rejected_longer_share")
+                plain["answers"] |= {name: getattr(stage.answers, name) for name in means}
             if stage.report is not None:
                 names = ("rows_read", "rows_kept", "refused", "truncation", "num_tokens", "num_supervised_tokens")
                 plain["report"] |= {name: getattr(stage.report, name) for name in (*names, "full_lengths")}

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_qlora.tools.html import render_document
+from lightning_qlora.tools.html import render_document, visible
 from lightning_qlora.tools.inspection import figures
 from lightning_qlora.tools.inspection.charts import draw_histogram
 from lightning_qlora.tools.inspection.findings import Inspection
-from lightning_qlora.tools.inspection.samples import visible
 
 __all__ = ["render_page"]
 

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from lightning_qlora.data.collators import expand_spans
+from lightning_qlora.data.collators import AnswerKind, expand_spans
+from lightning_qlora.data.formats import ParsedRow
 from lightning_qlora.data.packing import IntArray
 from lightning_qlora.data.preparation import RowEncoder
 from lightning_qlora.data.prepared import PreparedDocuments
 from lightning_qlora.data.sources import Sources, as_sources, read_rows
-from lightning_qlora.data.truncation import fit_rows
-from lightning_qlora.schema import Origin, PreferenceRow, Row, RowRefused, TokenizedRow
+from lightning_qlora.schema import Origin, RowRefused, TokenizedRow
 from lightning_qlora.tools.inspection.findings import Sample, Segment
 
-__all__ = ["choose_rows", "show_document", "show_places", "split_segments", "visible"]
-
-_JOINERS = "\u200c\u200d"  # parts of words and emoji; they draw nothing by themselves
-_HIDDEN = ("Cc", "Cf", "Co", "Cs", "Zl", "Zp")
+__all__ = ["choose_rows", "show_document", "show_places", "split_segments"]
 
 
 def choose_rows(parts: IntArray, rows: IntArray, count: int, *, seed: int) -> IntArray:
@@ -50,16 +46,18 @@ def show_document(
 
     Args:
         documents: The prepared rows.
-        row: Which of them.
+        row: Its first document.
         tokenizer: That encoded them.
         sources: The names of the stage's sources.
         stage: Whose row it is.
     """
-    document = documents[row]
-    supervised = np.zeros(len(document.input_ids), dtype=bool)
-    supervised[expand_spans(document.supervised)] = True
-    encoded = TokenizedRow(document.input_ids.tolist(), supervised.tolist(), documents.origin(row))
-    return _show(encoded, tokenizer, sources[int(documents.parts[row])], stage)
+    answers = []
+    for document in documents[row : row + 1 + (documents.kinds[row] == AnswerKind.CHOSEN)]:
+        supervised = np.zeros(len(document.input_ids), dtype=bool)
+        supervised[expand_spans(document.supervised)] = True
+        encoded = TokenizedRow(document.input_ids.tolist(), supervised.tolist(), documents.origin(row))
+        answers.append((encoded, document.kind))
+    return _show(answers, tokenizer, sources[int(documents.parts[row])], stage)
 
 
 def show_places(places: Sequence[str], stages: Mapping[str, Sources], encoder: RowEncoder) -> list[Sample]:
@@ -77,7 +75,7 @@ def show_places(places: Sequence[str], stages: Mapping[str, Sources], encoder: R
         sample
         for stage, sources in stages.items()
         for source in as_sources(sources)
-        for row in read_rows(source)
+        for row in read_rows(source, encoder.task)
         if any(_is_at(place, row.origin) for place in places)
         for sample in [_show_anew(row, encoder, str(source), stage)]
     ]
@@ -91,19 +89,33 @@ def _is_at(place: str, origin: Origin | str) -> bool:
     return str(origin) == place or str(origin).endswith("/" + place)
 
 
-def _show_anew(row: Row | PreferenceRow | RowRefused, encoder: RowEncoder, source: str, stage: str) -> Sample:
-    assert not isinstance(row, PreferenceRow)  # the default task reads none
+def _show_anew(row: ParsedRow | RowRefused, encoder: RowEncoder, source: str, stage: str) -> Sample:
     if not isinstance(row, RowRefused):
-        result = fit_rows(encoder.chat, [row], encoder.max_length, encoder.overlong)[0].result
-        if isinstance(result, TokenizedRow):
-            return replace(_show(result, encoder.chat.tokenizer, source, stage), asked=True)
-        row = result
+        fitted = encoder.fit([row], encoder.max_length)[0]
+        if fitted.refusal is None:
+            return replace(_show(fitted.documents, encoder.chat.tokenizer, source, stage), asked=True)
+        row = fitted.refusal
     return Sample(stage, str(row.origin), source, 0, 0, [], f"{row.reason}: {row.detail}", asked=True)
 
 
-def _show(row: TokenizedRow, tokenizer: PreTrainedTokenizerBase, source: str, stage: str) -> Sample:
-    segments = split_segments(tokenizer, row.input_ids, row.supervised)
-    return Sample(stage, str(row.origin), source, len(row.input_ids), sum(row.supervised), segments)
+def _show(
+    answers: Sequence[tuple[TokenizedRow, AnswerKind]], tokenizer: PreTrainedTokenizerBase, source: str, stage: str
+) -> Sample:
+    (row, kind), *others = answers
+    rejected: list[Segment] = []
+    for other, _ in others:
+        start = other.supervised.index(True)
+        rejected = split_segments(tokenizer, other.input_ids[start:], other.supervised[start:])
+    return Sample(
+        stage,
+        str(row.origin),
+        source,
+        sum(len(answer.input_ids) for answer, _ in answers),
+        sum(sum(answer.supervised) for answer, _ in answers),
+        split_segments(tokenizer, row.input_ids, row.supervised),
+        answer=None if kind is AnswerKind.NONE else kind.name.lower(),
+        rejected=rejected,
+    )
 
 
 def split_segments(
@@ -137,14 +149,3 @@ def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     text = tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
     assert isinstance(text, str)
     return text
-
-
-def visible(text: str) -> str:
-    r"""Write characters that draw nothing, or that steer a terminal or the direction of text, as ``\u001b``."""
-    if text.isprintable():
-        return text
-    return "".join(character if _draws(character) else f"\\u{ord(character):04x}" for character in text)
-
-
-def _draws(character: str) -> bool:
-    return character in "\n\t" or character in _JOINERS or unicodedata.category(character) not in _HIDDEN

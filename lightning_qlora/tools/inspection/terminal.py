@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable
 from typing import Literal, TextIO
 
+from lightning_qlora.tools.html import visible
 from lightning_qlora.tools.inspection.figures import (
     Histogram,
     describe_leakage,
@@ -17,8 +18,15 @@ from lightning_qlora.tools.inspection.figures import (
     number,
     share_histogram,
 )
-from lightning_qlora.tools.inspection.findings import Inspection, Leakage, LengthWhatIf, Repeat, Sample, StageFindings
-from lightning_qlora.tools.inspection.samples import visible
+from lightning_qlora.tools.inspection.findings import (
+    Inspection,
+    Leakage,
+    LengthWhatIf,
+    Repeat,
+    Sample,
+    Segment,
+    StageFindings,
+)
 
 __all__ = ["Color", "print_inspection", "use_color", "write"]
 
@@ -27,9 +35,13 @@ Color = Literal["auto", "always", "never"]
 _BARS = 40
 _LENGTH_BINS = 24
 _TITLE_WIDTH = 15
-_SUPERVISED, _CONTROL, _CONTROL_SUPERVISED, _HEADING, _BAD = "32", "36", "1;32", "1", "1;31"
+_CONTROL, _HEADING, _BAD = "36", "1", "1;31"
+_COLOR_OF = {"+": "32", "-": "31"}
 
 _LEGEND = "+ in the margin: supervised (the model learns to write it).  [[name]]: a control token.  |: the context."
+_LEGEND_OF_ANSWERS = (
+    "+ in the margin: a good answer.  -: a bad one.  [[name]]: a control token.  |: the prompt of both."
+)
 
 
 def use_color(color: Color, stream: TextIO) -> bool:
@@ -76,7 +88,8 @@ class _Text:
             yield from self._section("Plan of the run", describe_plan(inspection.plan))
         if inspection.samples:
             yield from self._heading(f"{number(len(inspection.samples), 'row', 'rows')} as the model sees them")
-            yield f"  {_LEGEND}"
+            has_answers = any(sample.answer is not None for sample in inspection.samples)
+            yield f"  {_LEGEND_OF_ANSWERS if has_answers else _LEGEND}"
         for sample in inspection.samples:
             yield from self._sample(sample)
         yield from self._verdicts(inspection)
@@ -140,30 +153,36 @@ class _Text:
         if sample.refused is not None:
             yield f"{place}) {self.paint('refused', _BAD)}: {visible(sample.refused)}"
             return
-        yield f"{place}, {sample.num_tokens:,} tokens, {sample.num_supervised_tokens:,} supervised)"
-        line, supervised = "", sample.segments[0].supervised
-        for segment in sample.segments:
+        judged = f", {sample.answer}" if sample.answer is not None and not sample.rejected else ""
+        yield f"{place}, {sample.num_tokens:,} tokens, {sample.num_supervised_tokens:,} supervised{judged})"
+        yield from self._segments(sample.segments, "-" if sample.answer == "undesirable" else "+")
+        if sample.rejected:
+            yield from self._segments(sample.rejected, "-")
+
+    def _segments(self, segments: list[Segment], sign: str) -> Iterable[str]:
+        line, supervised = "", segments[0].supervised
+        for segment in segments:
             if segment.supervised != supervised and line:
-                yield self._margin(line, supervised)
+                yield self._margin(line, supervised, sign)
                 line = ""
             supervised = segment.supervised
             pieces = [f"[[{segment.text}]]"] if segment.control else segment.text.split("\n")
             for index, piece in enumerate(pieces):
                 if index:
-                    yield self._margin(line, supervised)
+                    yield self._margin(line, supervised, sign)
                     line = ""
-                line += self._piece(piece, supervised, segment.control)
+                line += self._piece(piece, supervised, segment.control, sign)
         if line:
-            yield self._margin(line, supervised)
+            yield self._margin(line, supervised, sign)
 
-    def _piece(self, text: str, supervised: bool, control: bool) -> str:
+    def _piece(self, text: str, supervised: bool, control: bool, sign: str) -> str:
         if control:
-            return self.paint(visible(text), _CONTROL_SUPERVISED if supervised else _CONTROL)
+            return self.paint(visible(text), f"1;{_COLOR_OF[sign]}" if supervised else _CONTROL)
         escaped = visible(text).replace("[[", "[\\u005b")  # so that text cannot look like a control token
-        return self.paint(escaped, _SUPERVISED) if supervised else escaped
+        return self.paint(escaped, _COLOR_OF[sign]) if supervised else escaped
 
-    def _margin(self, line: str, supervised: bool) -> str:
-        return f"  {self.paint('+', _SUPERVISED) if supervised else '|'} {line}"
+    def _margin(self, line: str, supervised: bool, sign: str) -> str:
+        return f"  {self.paint(sign, _COLOR_OF[sign]) if supervised else '|'} {line}"
 
     def _verdicts(self, inspection: Inspection) -> Iterable[str]:
         if inspection.verdicts:

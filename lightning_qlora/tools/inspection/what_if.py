@@ -5,17 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from lightning_qlora.data.formats import ParsedRow
 from lightning_qlora.data.preparation import CHUNK_ROWS, RowEncoder
 from lightning_qlora.data.prepared import PreparedDocuments
 from lightning_qlora.data.report import PreparationReport
 from lightning_qlora.data.sources import Sources, as_sources, read_rows
-from lightning_qlora.data.truncation import fit_rows
-from lightning_qlora.schema import PreferenceRow, Row, RowRefused
+from lightning_qlora.data.truncation import Fitted
+from lightning_qlora.schema import RowRefused
 from lightning_qlora.tools.inspection.findings import LengthWhatIf
 
 __all__ = ["try_limits"]
+
+NO_LIMIT = 2**62
+"""Tokens that no row has."""
 
 
 @dataclass
@@ -52,7 +57,7 @@ def try_limits(
         for count in counts.values():
             count.fits, count.num_tokens = measured, report.num_tokens
     else:
-        for chunk in _chunks(_rows_above(sources, documents, report, tried[0], counts)):
+        for chunk in _chunks(_rows_above(sources, encoder, documents, report, tried[0], counts)):
             _measure(chunk, encoder, counts)
     assert all(c.fits + c.shortened + c.refused == measured for c in counts.values()), "a row was lost or read twice"
     return [
@@ -63,37 +68,38 @@ def try_limits(
 
 def _rows_above(
     sources: Sources,
+    encoder: RowEncoder,
     documents: PreparedDocuments,
     report: PreparationReport,
     shortest: int,
     counts: dict[int, _Count],
-) -> Iterator[Row]:
+) -> Iterator[ParsedRow]:
     """Read the rows again, and yield those not known to be within every limit; the others are counted at once.
 
     Prepared rows stand in the order in which they were read. Their lengths are those of the whole rows only if the
     policy shortened none.
     """
     whole = not any(count for outcome, count in report.truncation.items() if outcome not in ("fits", "too-long"))
-    lengths = documents.lengths
+    starts = documents.row_offsets[:-1]
+    longest = np.maximum.reduceat(documents.lengths, starts) if len(starts) else documents.lengths
+    tokens = np.add.reduceat(documents.lengths, starts) if len(starts) else documents.lengths
     upcoming = 0
     for source in as_sources(sources):
-        for row in tqdm(read_rows(source), desc="Trying other limits", unit=" rows", disable=None):
+        for row in tqdm(read_rows(source, encoder.task), desc="Trying other limits", unit=" rows", disable=None):
             if isinstance(row, RowRefused):
                 continue
-            assert not isinstance(row, PreferenceRow)  # the default task reads none
-            prepared = upcoming < len(documents) and documents.origin(upcoming) == row.origin
-            length = int(lengths[upcoming]) if prepared else None
-            upcoming += prepared
-            if whole and length is not None and length <= shortest:
+            prepared = upcoming < len(starts) and documents.origin(int(starts[upcoming])) == row.origin
+            at, upcoming = upcoming, upcoming + prepared
+            if whole and prepared and longest[at] <= shortest:
                 for count in counts.values():
                     count.fits += 1
-                    count.num_tokens += length
+                    count.num_tokens += int(tokens[at])
             else:
                 yield row
 
 
-def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
-    chunk: list[Row] = []
+def _chunks(rows: Iterator[ParsedRow]) -> Iterator[list[ParsedRow]]:
+    chunk: list[ParsedRow] = []
     for row in rows:
         chunk.append(row)
         if len(chunk) == CHUNK_ROWS:
@@ -102,20 +108,22 @@ def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
     yield chunk
 
 
-def _measure(rows: list[Row], encoder: RowEncoder, counts: dict[int, _Count]) -> None:
+def _measure(rows: list[ParsedRow], encoder: RowEncoder, counts: dict[int, _Count]) -> None:
     encoded = [
-        (row, len(result.input_ids))
-        for row, result in zip(rows, encoder.chat.encode_batch(rows), strict=True)
-        if not isinstance(result, RowRefused)
+        (row, fitted) for row, fitted in zip(rows, encoder.fit(rows, NO_LIMIT), strict=True) if fitted.refusal is None
     ]
     for limit, count in counts.items():
-        fitting = [length for _, length in encoded if length <= limit]
+        fitting = [fitted for _, fitted in encoded if fitted.full_length <= limit]
         count.fits += len(fitting)
-        count.num_tokens += sum(fitting)
-        above = [row for row, length in encoded if length > limit]
-        for shortened in fit_rows(encoder.chat, above, limit, encoder.overlong):
-            if isinstance(shortened.result, RowRefused):
+        count.num_tokens += sum(_num_tokens(fitted) for fitted in fitting)
+        above = [row for row, fitted in encoded if fitted.full_length > limit]
+        for shortened in encoder.fit(above, limit):
+            if shortened.refusal is not None:
                 count.refused += 1
             else:
                 count.shortened += 1
-                count.num_tokens += len(shortened.result.input_ids)
+                count.num_tokens += _num_tokens(shortened)
+
+
+def _num_tokens(fitted: Fitted) -> int:
+    return sum(len(document.input_ids) for document, _ in fitted.documents)
