@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import lightning as L
 import torch
@@ -35,10 +35,19 @@ from lightning_qlora.evaluation import (
     read_questions,
     summarise,
 )
-from lightning_qlora.evaluation.tables import pick_rows, score_table, side_by_side, verdict_line
+from lightning_qlora.evaluation.tables import (
+    answer_rows,
+    markdown_table,
+    pick_rows,
+    score_table,
+    side_by_side,
+    verdict_line,
+)
 from lightning_qlora.schema import ChatDataModule
 
 __all__ = ["AnswerComparison"]
+
+_Shown: TypeAlias = tuple[list[Question], AnswerSheet, AnswerSheet, list[Verdict]]
 
 # Initialisations that take something out of the base and put it into the adapters: without them it is not the base.
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -50,8 +59,9 @@ class AnswerComparison(Callback):
     One model does both, so the difference is what training did and nothing else. The answers with adapters off are
     made once. Scores go to the logger as ``answers_valid``, ``answers_exact``, ``answers_fields`` (rates from 0 to 1)
     and ``answers_perplexity`` (of the reference answers), those of the base with ``_base`` appended; with
-    ``every="validation"`` checkpoints and early stopping can monitor them. All answers are written beside the run's
-    logs. Training goes on bit for bit as if the callback were not there.
+    ``every="validation"`` checkpoints and early stopping can monitor them. The questions that are printed go as a table
+    to loggers that take text (TensorBoard, Weights & Biases); all answers are written beside the run's logs. Training
+    goes on bit for bit as if the callback were not there.
 
     Args:
         questions: A JSONL file of questions with optional references and checks, as
@@ -158,7 +168,10 @@ class AnswerComparison(Callback):
             path = folder / f"step_{trainer.global_step}.jsonl"
             if not _is_fast_dev_run(trainer):
                 _write(path, self.questions, self.before, self.after, verdicts, summaries)
-            self._report = self._draw(verdicts, summaries, path)
+            shown = self._pick(verdicts)
+            self._report = self._draw(verdicts, summaries, path, shown)
+            if shown is not None:
+                _log_table(trainer, *answer_rows(*shown))
         return {**_scores(summaries[1]), **{f"{k}_base": v for k, v in _scores(summaries[0]).items()}}
 
     def _answer(self, model: PeftModel, template: ChatTemplate, name: str, progress: bool) -> AnswerSheet:
@@ -177,23 +190,41 @@ class AnswerComparison(Callback):
         )
         return share if world_size == 1 else _gather(share, len(self.questions), world_size)
 
-    def _draw(self, verdicts: Sequence[Verdict], summaries: Sequence[AnswerSummary], path: Path) -> str:
+    def _pick(self, verdicts: Sequence[Verdict]) -> _Shown | None:
+        """Choose the questions to be shown, with both answers and the verdicts."""
         assert self.before is not None
         assert self.after is not None
+        rows = pick_rows(verdicts, self.max_rows)
+        if not rows:
+            return None
+        before, after = (_select(sheet, rows) for sheet in (self.before, self.after))
+        return [self.questions[i] for i in rows], before, after, [verdicts[i] for i in rows]
+
+    def _draw(
+        self, verdicts: Sequence[Verdict], summaries: Sequence[AnswerSummary], path: Path, shown: _Shown | None
+    ) -> str:
         color = sys.stdout.isatty()
         parts = [""]
-        if rows := pick_rows(verdicts, self.max_rows):
-            before, after = (_select(sheet, rows) for sheet in (self.before, self.after))
-            questions, shown = [self.questions[i] for i in rows], [verdicts[i] for i in rows]
-            parts.append(
-                f"{len(rows)} of {len(verdicts)} questions, answered with adapters off (before) and on (after)"
-            )
-            parts.append(side_by_side(questions, before, after, shown, color=color))
+        if shown is not None:
+            count = f"{len(shown[0])} of {len(verdicts)} questions"
+            parts.append(f"{count}, answered with adapters off (before) and on (after)")
+            parts.append(side_by_side(*shown, color=color))
         parts.append(score_table(["before", "after"], summaries, color=color))
         parts.append(f"{len(verdicts)} questions: {verdict_line(verdicts)}.")
         if path.is_file():
             parts.append(f"All answers: {path}")
         return "\n".join(parts)
+
+
+def _log_table(trainer: L.Trainer, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Hand a table to the loggers that take one; the file beside the logs serves the others."""
+    for logger in trainer.loggers:
+        log_text = getattr(logger, "log_text", None)
+        add_text = getattr(getattr(logger, "experiment", None), "add_text", None)
+        if log_text is not None:  # Weights & Biases
+            log_text("answers", columns=list(columns), data=[list(row) for row in rows], step=trainer.global_step)
+        elif add_text is not None:  # TensorBoard
+            add_text("answers", markdown_table(columns, rows), trainer.global_step)
 
 
 def _is_fast_dev_run(trainer: L.Trainer) -> bool:

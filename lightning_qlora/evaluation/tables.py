@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import importlib.util
 import io
 import math
+import re
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -13,7 +15,17 @@ from typing import get_args
 from lightning_qlora.evaluation.questions import Question
 from lightning_qlora.evaluation.scores import AnswerSheet, AnswerSummary, Verdict
 
-__all__ = ["draw_table", "pick_rows", "printable", "score_rows", "score_table", "side_by_side", "verdict_line"]
+__all__ = [
+    "answer_rows",
+    "draw_table",
+    "markdown_table",
+    "pick_rows",
+    "printable",
+    "score_rows",
+    "score_table",
+    "side_by_side",
+    "verdict_line",
+]
 
 _STYLES: dict[Verdict, str] = {
     "fixed": "green",
@@ -88,16 +100,38 @@ def side_by_side(
     color: bool = False,
 ) -> str:
     """Draw questions with their reference and two answers each; longer texts are cut."""
-    columns = ("question", "reference", before.name, after.name, "verdict")
-    rows = []
-    for question, first, second, verdict in zip(questions, before.answers, after.answers, verdicts, strict=True):
-        texts = (question.messages[-1].content, question.reference or "", first.text, second.text)
-        rows.append((*(_shorten(text, max_characters) for text in texts), verdict))
+    columns, rows = answer_rows(questions, before, after, verdicts, max_characters=max_characters)
     if importlib.util.find_spec("rich") is not None:
         return _rich_side_by_side(columns, rows, color)
     width = max(map(len, columns))
     blocks = ("\n".join(f"{c.ljust(width)}  {cell}" for c, cell in zip(columns, row, strict=True)) for row in rows)
     return "\n\n".join(blocks)
+
+
+def answer_rows(
+    questions: Sequence[Question],
+    before: AnswerSheet,
+    after: AnswerSheet,
+    verdicts: Sequence[Verdict],
+    *,
+    max_characters: int = 300,
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Lay out questions, references, two answers each and the verdicts: the columns' heads, and the rows."""
+    rows: list[tuple[str, ...]] = []
+    for question, first, second, verdict in zip(questions, before.answers, after.answers, verdicts, strict=True):
+        texts = (question.messages[-1].content, question.reference or "", first.text, second.text)
+        rows.append((*(_shorten(text, max_characters) for text in texts), verdict))
+    return ("question", "reference", before.name, after.name, "verdict"), rows
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Write a table in Markdown; its cells are text, whatever HTML or Markdown they spell."""
+    lines = [columns, ["---"] * len(columns), *([_as_markdown(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _as_markdown(text: str) -> str:
+    return re.sub(r"([\\`*_{}\[\]()#+.!|~-])", r"\\\1", html.escape(text, quote=False))
 
 
 def _rich_side_by_side(columns: Sequence[str], rows: Sequence[tuple[str, ...]], color: bool) -> str:

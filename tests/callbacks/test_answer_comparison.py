@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import tiny_tokenizer
 from tiny_models import save_tiny_model
 from tiny_training import CHATS, TinyChats, tiny_sft_module, tiny_trainer
@@ -97,6 +99,31 @@ def test_at_each_validation_checkpoints_can_follow_the_score(folder, tokenizer, 
     assert [call[2] for call in calls] == ["before", "after", "after"]
     assert float(best.best_model_score) == pytest.approx(float(trainer.callback_metrics["answers_perplexity"]), rel=0.5)
     assert len(list((tmp_path / "answers").glob("*.jsonl"))) == 2
+
+
+def test_loggers_that_take_text_get_a_table(folder, tokenizer, tmp_path):
+    path = tmp_path / "questions.jsonl"
+    path.write_text(json.dumps({"prompt": "<b>a|b</b>\n# c", "reference": "x"}) + "\n", encoding="utf-8")
+    texts, tables = TensorBoardLogger(tmp_path, name="board"), DummyLogger()
+    tables.log_text = lambda key, **table: tables.__dict__.update({key: table})
+    callback = AnswerComparison(path, max_new_tokens=2)
+    trainer = tiny_trainer(
+        tmp_path, callbacks=[callback], logger=[texts, tables, CSVLogger(tmp_path)], max_epochs=1, log_every_n_steps=1
+    )
+
+    trainer.fit(tiny_sft_module(folder), TinyChats(tokenizer))
+
+    reader = EventAccumulator(texts.log_dir)
+    reader.Reload()
+    assert reader.Scalars("answers_exact")[0].step == trainer.global_step
+    (event,) = reader.Tensors("answers/text_summary")
+    assert event.step == trainer.global_step
+    head, _, row = event.tensor_proto.string_val[0].decode().splitlines()
+    assert head == "| question | reference | before | after | verdict |"
+    assert row.startswith(r"| &lt;b&gt;a\|b&lt;/b&gt; \# c | x | ")
+    assert tables.answers["columns"] == ["question", "reference", "before", "after", "verdict"]
+    assert tables.answers["data"][0][:2] == ["<b>a|b</b> # c", "x"]
+    assert tables.answers["step"] == trainer.global_step
 
 
 @pytest.fixture
