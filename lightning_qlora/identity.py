@@ -28,6 +28,7 @@ __all__ = [
     "FIELDS",
     "Difference",
     "IdentityMismatchError",
+    "TensorDigest",
     "check_adapter",
     "differences",
     "identify",
@@ -185,18 +186,46 @@ def _plain(value: Any) -> Any:
 
 def _digest_tensors(model: nn.Module) -> tuple[str | None, str | None, str]:
     """Digest the base's tensors: those kept as numbers, those packed by quantisation; and name their device."""
-    plain, packed = hashlib.sha256(), hashlib.sha256()
-    any_packed, device = False, "cpu"
+    digest = TensorDigest()
     for name, parameter in _base_parameters(model):
         if isinstance(parameter, DTensor):
-            return None, None, device  # a shard says nothing about the whole; names and options still do
-        device = parameter.device.type
+            return None, None, digest.device  # a shard says nothing about the whole; names and options still do
+        digest.add(name, parameter)
+    return digest.plain, digest.packed, digest.device
+
+
+class TensorDigest:
+    """Digests of a base whose tensors come one at a time, in any order.
+
+    Attributes:
+        device: Where the last tensor was.
+    """
+
+    def __init__(self) -> None:
+        self.device = "cpu"
+        self._lines: tuple[dict[str, bytes], dict[str, bytes]] = ({}, {})
+
+    def add(self, name: str, parameter: Tensor) -> None:
+        """Take one parameter, by the name that it has without adapters."""
+        self.device = parameter.device.type
         is_packed = hasattr(parameter, "quant_state") or not parameter.is_floating_point()
         tensors = _packed_tensors(parameter) if is_packed else [parameter.detach().to(torch.bfloat16)]
-        line = f"{name} {_logical_shape(parameter)} {[_checksum(tensor) for tensor in tensors]}\n".encode()
-        (packed if is_packed else plain).update(line)
-        any_packed = any_packed or is_packed
-    return plain.hexdigest(), packed.hexdigest() if any_packed else None, device
+        checksums = [_checksum(tensor) for tensor in tensors]
+        self._lines[is_packed][name] = f"{name} {_logical_shape(parameter)} {checksums}\n".encode()
+
+    @property
+    def plain(self) -> str:
+        """Of those that are kept as numbers."""
+        return self._hexdigest(self._lines[False])
+
+    @property
+    def packed(self) -> str | None:
+        """Of those that quantisation packed; ``None`` if there are none."""
+        return self._hexdigest(self._lines[True]) if self._lines[True] else None
+
+    @staticmethod
+    def _hexdigest(lines: Mapping[str, bytes]) -> str:
+        return hashlib.sha256(b"".join(lines[name] for name in sorted(lines))).hexdigest()
 
 
 def _base_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

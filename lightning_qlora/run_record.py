@@ -39,7 +39,7 @@ def identify_run(trainer: L.Trainer) -> dict[str, Any]:
 
 
 def describe_run(trainer: L.Trainer) -> dict[str, Any]:
-    """Return step, metrics, versions and configuration, without secrets, as plain JSON values."""
+    """Return step, metrics, versions, configuration and data, without secrets, as plain JSON values."""
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
     hyper_parameters = {
         "module": dict(trainer.lightning_module.hparams),
@@ -53,6 +53,21 @@ def describe_run(trainer: L.Trainer) -> dict[str, Any]:
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "versions": package_versions(),
         "config": scrub(_plain(hyper_parameters)),
+        "data": scrub(_data_counts(_data_module(trainer))),
+    }
+
+
+def _data_counts(data_module: Any) -> dict[str, Any]:
+    """Count the rows and tokens of each stage, by the reports that the package's data modules keep."""
+    return {
+        stage: {
+            "rows": report.rows_kept,
+            "refused": report.rows_read - report.rows_kept,
+            "tokens": report.num_tokens,
+            "supervised_tokens": report.num_supervised_tokens,
+            "sources": [source.name for source in report.sources],
+        }
+        for stage, report in getattr(data_module, "reports", {}).items()
     }
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from lightning_qlora.identity import check_adapter, package_versions
+from lightning_qlora.identity import check_adapter, identify_tokenizer, package_versions, refuse_differences
 from lightning_qlora.model import load_adapter, load_base_model
 from lightning_qlora.pretrained import load_tokenizer
 from lightning_qlora.tools.merging.adapted_model import AdaptedModel, read_lora_config
@@ -82,10 +82,12 @@ def merge(
     _refuse_other_quantization(weights, onto)
     texts = _texts(trained, verify_on, verify_tokens) if verify else None
     with new_folder(Path(output)) as staging:
-        with_adapter = not without_adapter
-        report = _write_model(staging, trained, weights, onto, getattr(torch, dtype), max_shard_size, with_adapter)
+        with_adapter, allowed = not without_adapter, allow_mismatch or []
+        report = _write_model(
+            staging, trained, weights, onto, getattr(torch, dtype), max_shard_size, with_adapter, allowed
+        )
         if texts is not None:
-            agreement = _verify(staging, trained, texts[0], with_adapter, allow_mismatch or [])
+            agreement = _verify(staging, trained, texts[0], with_adapter, allowed)
             report["verification"] = {**agreement._asdict(), "texts": texts[1], "compute_dtype": "float32"}
             print(f"Against the trained model: {agreement}.", file=sys.stderr)
             _judge(agreement, _TOLERANCES[dtype] if tolerance is None and onto == "dequantized" else tolerance, onto)
@@ -158,14 +160,16 @@ def _write_model(
     dtype: torch.dtype,
     max_shard_size: str,
     with_adapter: bool,
+    allow_mismatch: list[str],
 ) -> dict[str, Any]:
     """Write everything but the card and the report, which this returns."""
     record = trained.record
     model = AdaptedModel(
         weights,
         trained.folder,
-        quantization=record.quantization if onto == "dequantized" else None,
+        quantization=record.quantization,
         dtype=record.dtype,
+        dequantized=onto == "dequantized",
         with_adapter=with_adapter,
         trust_remote_code=trained.trust_remote_code,
     )
@@ -177,6 +181,7 @@ def _write_model(
             "left. Write --output with a folder on another disk."
         )
     write_shards(staging, model, plan, lambda file: print(f"Writing {file}", file=sys.stderr))
+    _check_identity(trained, model, allow_mismatch)
     _write_companions(staging, model, trained, dtype)
     return {
         "format": 1,
@@ -194,6 +199,23 @@ def _write_model(
         "files": list(plan.shards),
         "versions": package_versions(),
     }
+
+
+def _check_identity(trained: _Trained, model: AdaptedModel, allow: list[str]) -> None:
+    """Refuse a base, tokenizer or template other than the adapter's, by what was read while writing."""
+    recorded = trained.record.metadata.get("identity")
+    if recorded is None or not trained.record.is_known:
+        return
+    found = {
+        "base": {
+            "tensors": model.digest.plain,
+            "quantized_tensors": model.digest.packed,
+            "quantizer": f"{package_versions()['bitsandbytes']} on {model.digest.device}",
+        },
+        "quantization": recorded["quantization"],
+        **identify_tokenizer(trained.tokenizer),
+    }
+    refuse_differences(f"The adapter in {str(trained.folder)!r}", recorded, found, allow)
 
 
 def _quantization_name(record: TrainingRecord, weights: BaseWeights) -> str:

@@ -55,7 +55,9 @@ def llama_cpp():
 
 
 def llama_logits(file: Path, ids=IDS, **options):
-    llama = llama_cpp().Llama(str(file), n_ctx=128, n_threads=1, logits_all=True, verbose=False, **options)
+    llama = llama_cpp().Llama(
+        str(file), n_ctx=128, n_threads=1, n_threads_batch=1, logits_all=True, verbose=False, **options
+    )
     llama.eval(ids)
     return torch.tensor(llama.scores[: len(ids)].copy())
 

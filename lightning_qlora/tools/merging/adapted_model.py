@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 
+from lightning_qlora.identity import TensorDigest
 from lightning_qlora.tools.merging.base_weights import BaseWeights, quantized
 from lightning_qlora.tools.merging.training_record import adapter_options
 
@@ -84,8 +85,8 @@ class AdaptedModel:
     Args:
         base: The base's files.
         adapter: The adapter's folder.
-        quantization: The 4-bit options of the training, to merge onto the weights that training saw; ``None`` to merge
-            onto those of the files.
+        quantization: The 4-bit options of the training; ``None`` if it did not quantise.
+        dequantized: Whether to merge onto the weights that training saw rather than onto those of the files.
         dtype: That training loaded the base in.
         with_adapter: Whether the adapter takes effect; without it this is the base as the adapter was trained on it.
         trust_remote_code: Whether Python code of the base's folder may run.
@@ -101,14 +102,19 @@ class AdaptedModel:
         *,
         quantization: BitsAndBytesConfig | None,
         dtype: torch.dtype,
+        dequantized: bool = True,
         with_adapter: bool = True,
         trust_remote_code: bool = False,
     ) -> None:
         self.base = base
         self.quantization = quantization
         self.dtype = dtype
+        self.dequantized = dequantized
+        self.digest = TensorDigest()
+        """Of the base's tensors that were read so far."""
         self._adapter_file = adapter / "adapter_model.safetensors"
         lora = read_lora_config(adapter)
+        self._trains_biases = lora.bias != "none"
         with safe_open(self._adapter_file, framework="pt") as file:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
         self.model = empty_model(base.folder, trust_remote_code)
@@ -219,10 +225,11 @@ class AdaptedModel:
         empty = self.peft_model.get_submodule(_PREFIX + path)
         module = copy.deepcopy(empty)
         for inner, parameter in empty.named_parameters(remove_duplicate=False):
-            if ".original_module." in f".{inner}":
-                continue  # modules_to_save replaces it
-            key = self._keys.get(id(parameter))
             plain = _plain_name(f"{path}.{inner}")
+            if ".original_module." in f".{inner}":  # modules_to_save replaces it
+                self._base_parameter(plain)  # for the digest
+                continue
+            key = self._keys.get(id(parameter))
             value = self._base_parameter(plain) if key is None else self._adapter_tensor(key)
             set_module_tensor_to_device(module, inner, "cpu", value=value, clear_cache=False)
             del value
@@ -242,14 +249,27 @@ class AdaptedModel:
         if name in self._replaced:
             return self._adapter_tensor(self._replaced[name])
         weight = self.base.read(self._in_file[name])
-        if self.quantization is None or not weight.is_floating_point() or self.keeps_float32(name):
-            return weight
-        if name not in self._in_4bit or self.base.is_packed:
+        if name in self._in_4bit:
+            return self._as_trained(name, weight) if self.dequantized else weight
+        loaded = weight if self.keeps_float32(name) else weight.to(self.dtype)
+        self._note(name, loaded)
+        return loaded if self.dequantized and self.quantization is not None else weight
+
+    def _as_trained(self, name: str, weight: Tensor) -> Tensor:
+        """Pack a weight into 4 bits and unpack it again."""
+        assert self.quantization is not None
+        if self.base.is_packed:
             return weight.to(self.dtype)
         turned = self._in_4bit[name]
         packed = quantized(weight.T if turned else weight, self.quantization, self.dtype)
+        self._note(name, packed)
         plain: Tensor = dequantize_4bit(packed.data, packed.quant_state)
         return plain.T if turned else plain
+
+    def _note(self, name: str, parameter: Tensor) -> None:
+        """Digest what the adapter's manifest has a digest of: the base without what the adapter trains in place."""
+        if name not in self._tied_names() and not (self._trains_biases and name.endswith(".bias")):
+            self.digest.add(name, parameter)
 
     def _adapter_tensor(self, key: str) -> Tensor:
         with safe_open(self._adapter_file, framework="pt") as file:
