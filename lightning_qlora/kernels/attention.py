@@ -35,6 +35,7 @@ DOCUMENT_ATTENTION = "lightning_qlora_documents"
 
 # Arguments of attention functions that change the result and that this one does not implement.
 _UNSUPPORTED_MODEL_TYPES = frozenset({"gpt_oss"})  # attention sinks
+_SUPPORTED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 
 
 def document_attention(
@@ -155,7 +156,12 @@ def use_document_attention(model: PreTrainedModel) -> bool:
         Whether it was switched. If not, packed batches must rely on the mask that transformers derives from
         ``position_ids``.
     """
-    if not model._supports_attention_backend or model.config.model_type in _UNSUPPORTED_MODEL_TYPES:
+    layer_types = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    if (
+        not model._supports_attention_backend
+        or model.config.model_type in _UNSUPPORTED_MODEL_TYPES
+        or not _SUPPORTED_LAYER_TYPES.issuperset(layer_types)  # chunked, sparse or recurrent layers
+    ):
         return False
     model.set_attn_implementation(DOCUMENT_ATTENTION)
     return True

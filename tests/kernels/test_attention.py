@@ -6,7 +6,12 @@ from tiny_models import FAMILIES, tiny_config
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from lightning_qlora.kernels.attention import document_attention, packed_attention_arguments, use_document_attention
+from lightning_qlora.kernels.attention import (
+    DOCUMENT_ATTENTION,
+    document_attention,
+    packed_attention_arguments,
+    use_document_attention,
+)
 
 
 def tiny_model(family):
@@ -71,6 +76,15 @@ def test_gradients_stay_within_their_document():
     logits[0, 6:].sum().backward()
     assert inputs.grad[0, :6].abs().max() == 0
     assert inputs.grad[0, 6:].abs().max() > 0
+
+
+def test_families_with_other_layers_keep_their_own_attention():
+    model = tiny_model("llama")
+    model.config.layer_types = ["full_attention", "chunked_attention"]
+    assert not use_document_attention(model)
+    assert model.config._attn_implementation != DOCUMENT_ATTENTION
+    model.config.layer_types = ["full_attention", "sliding_attention"]
+    assert use_document_attention(model)
 
 
 # Shared prompts
