@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from lightning_qlora.data.packing import BatchPlan, IntArray
 from lightning_qlora.data.preference_batching import PreferenceBatchDataset, PreferenceBatching
 from lightning_qlora.data.sources import Sources, as_sources
 from lightning_qlora.data.stages import Stage
+from lightning_qlora.schema import Origin
 
 __all__ = ["PreferenceDataModule"]
 
@@ -30,8 +32,8 @@ class PreferenceDataModule(PreparedDataModule):
 
     Each answer becomes a document with its prompt, whose tokens are the same for both answers of a pair, or the row is
     refused. Only the answers are supervised. Both stay whole unless ``overlong`` says otherwise, and they are always in
-    one batch, side by side. Rows are prepared once, before training; ``report.answers`` tells whether one side is the
-    longer one.
+    one batch, side by side. Rows are prepared once, before training (there is no streaming); ``report.answers`` tells
+    whether one side is the longer one.
 
     Args:
         train: What to train on: a file, folder, glob or dataset id, a source with options (``path``, ``format``,
@@ -117,6 +119,11 @@ class PreferenceDataModule(PreparedDataModule):
         return PreferenceBatchDataset(
             self._documents(name), self._plan(name), self._batching, self._reference.get(name)
         )
+
+    @override
+    def origins(self, row_ids: Sequence[int], stage: Stage = "train") -> list[Origin]:
+        """Return where the rows of a batch were read, each once whatever the number of its answers."""
+        return list(dict.fromkeys(super().origins(row_ids, stage)))
 
     # What a module asks for (schema.PreferenceData)
 

@@ -27,6 +27,18 @@ SHAPES = {
         "chosen": {"from": "gpt", "value": "Hello"},
         "rejected": {"from": "gpt", "value": "What?"},
     },
+    "UltraFeedback: the prompt, and the chosen conversation as messages": {
+        "prompt": "Hi",
+        "messages": [USER, GOOD],
+        "chosen": [USER, GOOD],
+        "rejected": [USER, BAD],
+        "score_chosen": 8.5,
+    },
+    "the chosen conversation again as messages": {
+        "messages": [USER, GOOD],
+        "chosen": [USER, GOOD],
+        "rejected": [USER, BAD],
+    },
     "dialogues as text": {
         "chosen": "\n\nHuman: Hi\n\nAssistant: Hello",
         "rejected": "\n\nHuman: Hi\n\nAssistant: What?",
@@ -51,11 +63,20 @@ def test_prompt_column_may_be_the_last_question():
     assert len(pair.prompt) == 3
 
 
-def test_system_column_and_tools():
+def test_columns_by_mapping():
+    record = {"ask": "Hi", "good": "Hello", "bad": "What?", "prompt_id": 3}
+    columns = {"prompt": "ask", "chosen": "good", "rejected": "bad"}
+    row = parse_row(record, Origin("f", 1), task="preference", columns=columns)
+    assert (row.prompt, row.chosen, row.rejected) == ((HI,), (HELLO,), (WHAT,))
+
+
+def test_system_column_tools_and_template_variables():
     record = {**SHAPES["texts"], "system": "Be brief", "tools": [{"name": "f"}]}
+    record["chat_template_kwargs"] = {"enable_thinking": False}
     row = parse_row(record, Origin("f", 1), task="preference")
     assert row.prompt[0] == Message("system", "Be brief")
     assert row.tools[0]["function"] == {"name": "f"}
+    assert row.template_kwargs == {"enable_thinking": False}
 
 
 @pytest.mark.parametrize(

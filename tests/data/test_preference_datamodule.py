@@ -70,7 +70,7 @@ def test_each_pair_is_in_one_batch_side_by_side_once_an_epoch(folder, options):
         assert [row % 2 for row in rows] == [0, 1] * (len(rows) // 2)
         assert said(batch, module)[: len(rows)] == [expected[row] for row in rows]
         assert [str(place) for place in module.origins(batch["row_ids"])] == [
-            f"{folder / 'pairs.jsonl'}:{row // 2 + 1}" for row in rows
+            f"{folder / 'pairs.jsonl'}:{row // 2 + 1}" for row in rows[::2]
         ]
         if module.packing:
             assert batch["input_ids"].numel() <= 3 * 192
@@ -127,6 +127,32 @@ def test_pairs_are_one_good_and_one_bad_answer_to_kto(folder):
         assert len(batch["chosen"]) == len(batch["rejected"]) == len(batch["mismatched"])
         assert [n > 0 for n in batch["shared_prompts"]] == [False, True, True] * len(batch["chosen"])
         assert batch["input_ids"].numel() <= 3 * 192
+
+
+def test_worker_processes_give_the_same_documents(folder, tmp_path):
+    module = pair_data(folder / "judged.jsonl", tmp_path, unpaired=True, num_proc=2)
+    module.setup("fit")
+    expected = data(folder, "judged.jsonl", unpaired=True)
+    assert module.documents_digest("train") == expected.documents_digest("train")
+    assert module.report.to_dict() == expected.report.to_dict()
+    batches = [
+        expected.train_dataloader(),
+        data(folder, "judged.jsonl", unpaired=True, num_workers=1).train_dataloader(),
+    ]
+    for here, there in zip(*batches, strict=True):
+        assert all(torch.equal(here[k], there[k]) for k in ("input_ids", "target_documents", "mismatched"))
+
+
+def test_a_weight_repeats_pairs_whole(folder):
+    source = DataSource(str(folder / "pairs.jsonl"), weight=2.0)
+    module = PreferenceDataModule(
+        [source], tokenizer=tiny_tokenizer(), cache_dir=str(folder / "cache"), max_length=192, share_prompts=True
+    )
+    module.setup("fit")
+    rows = [row for batch in module.train_dataloader() for row in batch["row_ids"]]
+    assert sorted(rows) == sorted(2 * list(range(2 * COUNT)))
+    known = [row for batch in module.reference_batches("train") for row in batch["row_ids"]]
+    assert sorted(known) == list(range(2 * COUNT))
 
 
 def test_wrong_kinds_of_rows_are_refused_with_what_to_do(folder):
