@@ -179,3 +179,28 @@ def test_module_entry_point_lists_every_subcommand():
     assert result.returncode == 0, result.stderr
     for name in ("fit", "validate", "test", "predict", "generate"):
         assert name in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options"),
+    [
+        (["--model.loss=ORPOLoss"], {"beta": 0.1, "likelihood_weight": 1.0}),
+        (["--model.loss=SimPOLoss", "--model.loss.gamma=0.5"], {"beta": 2.0, "gamma": 0.5}),
+        (["--model.loss=KTOLoss", "--model.loss.init_args.beta=0.3"], {"beta": 0.3, "desirable_weight": 1.0}),
+    ],
+)
+def test_losses_of_preferences_are_named_with_their_options(run, arguments, options):
+    code, output = run("fit", "--model=PreferenceModule", *arguments, "--print_config")
+    assert code == 0, output
+    printed = yaml.safe_load(output)["model"]["init_args"]["loss"]["init_args"]
+    assert printed == {**printed, **options}
+
+
+def test_one_loss_written_over_another_has_its_own_defaults(run):
+    Path("dpo.yaml").write_text(
+        yaml.safe_dump({"model": {"class_path": "PreferenceModule", "init_args": {"loss": "DPOLoss"}}})
+    )
+    for name, options in (("ORPOLoss", {"likelihood_weight": 1.0}), ("RobustDPOLoss", {"flipped_labels": 0.1})):
+        code, output = run("fit", "--config=dpo.yaml", f"--model.loss={name}", "--print_config")
+        assert code == 0, output
+        assert yaml.safe_load(output)["model"]["init_args"]["loss"]["init_args"] == {"beta": 0.1, **options}

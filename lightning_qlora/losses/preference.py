@@ -6,6 +6,9 @@ answer's tokens, pi the model, pi_ref the reference, s the logistic function, an
     r(y) = log pi(y|x) - log pi_ref(y|x),    h = r(y_w) - r(y_l).
 
 Each loss is summed over pairs, to be divided by the pairs of the whole optimizer step.
+
+An option has one meaning and one default wherever its name occurs (save for SimPO's beta), because the command line
+keeps options when one class is written over another.
 """
 
 from __future__ import annotations
@@ -98,14 +101,17 @@ class PreferenceLoss(ABC):
         needs_kl: Whether it needs an estimate of their divergence, from mismatched answers.
         is_paired: Whether each chosen answer stands against a rejected one of the same prompt.
         beta: Scale of the rewards.
-        nll_weight: Weight of the negative log-likelihood of the chosen answers per token, which is added to the loss.
     """
 
     needs_reference: ClassVar[bool] = True
     needs_kl: ClassVar[bool] = False
     is_paired: ClassVar[bool] = True
     beta: float
-    nll_weight: float = 0.0
+
+    @property
+    def nll_weight(self) -> float:
+        """Weight of the negative log-likelihood of the chosen answers per token, which is added to the loss."""
+        return 0.0
 
     @abstractmethod
     def __call__(self, chosen: AnswerLogProbs, rejected: AnswerLogProbs, kl: Tensor | None = None) -> PreferenceTerms:
@@ -147,15 +153,20 @@ class DPOLoss(PairLoss):
     Args:
         beta: How strongly the model is held to the reference.
         label_smoothing: e, the share of pairs whose labels are taken to be swapped, below 0.5.
-        nll_weight: Of the chosen answers' likelihood, added as in RPO (arXiv:2404.19733).
+        rpo_alpha: Weight of the chosen answers' likelihood per token, added as in RPO (arXiv:2404.19733).
     """
 
     beta: float = 0.1
     label_smoothing: float = 0.0
-    nll_weight: float = 0.0
+    rpo_alpha: float = 0.0
 
     def __post_init__(self) -> None:
-        _check(self.beta, self.label_smoothing, self.nll_weight)
+        _check(self.beta, self.label_smoothing, self.rpo_alpha)
+
+    @property
+    @override
+    def nll_weight(self) -> float:
+        return self.rpo_alpha
 
     @override
     def pair_losses(self, chosen: AnswerLogProbs, rejected: AnswerLogProbs) -> Tensor:
@@ -170,18 +181,18 @@ class RobustDPOLoss(PairLoss):
 
     Args:
         beta: How strongly the model is held to the reference.
-        label_smoothing: e, the share of pairs whose labels are swapped, below 0.5.
+        flipped_labels: e, the share of pairs whose labels are swapped, below 0.5.
     """
 
     beta: float = 0.1
-    label_smoothing: float = 0.1
+    flipped_labels: float = 0.1
 
     def __post_init__(self) -> None:
-        _check(self.beta, self.label_smoothing)
+        _check(self.beta, flipped_labels=self.flipped_labels)
 
     @override
     def pair_losses(self, chosen: AnswerLogProbs, rejected: AnswerLogProbs) -> Tensor:
-        logits, e = self.beta * (chosen.log_ratio - rejected.log_ratio), self.label_smoothing
+        logits, e = self.beta * (chosen.log_ratio - rejected.log_ratio), self.flipped_labels
         return (e * functional.logsigmoid(-logits) - (1 - e) * functional.logsigmoid(logits)) / (1 - 2 * e)
 
 
@@ -235,15 +246,20 @@ class ORPOLoss(PairLoss):
 
     Args:
         beta: lambda of the paper: weight of the odds ratio.
-        nll_weight: Weight of the chosen answers' likelihood; 1 in the paper.
+        likelihood_weight: Weight of the chosen answers' likelihood; 1 in the paper.
     """
 
     needs_reference: ClassVar[bool] = False
     beta: float = 0.1
-    nll_weight: float = 1.0
+    likelihood_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        _check(self.beta, nll_weight=self.nll_weight)
+        _check(self.beta, weight=self.likelihood_weight)
+
+    @property
+    @override
+    def nll_weight(self) -> float:
+        return self.likelihood_weight
 
     @override
     def pair_losses(self, chosen: AnswerLogProbs, rejected: AnswerLogProbs) -> Tensor:
@@ -261,18 +277,16 @@ class SimPOLoss(PairLoss):
     arXiv:2405.14734, eq. 6; no reference.
 
     Args:
-        beta: Scale of the rewards.
+        beta: Scale of the rewards; much higher than the beta of the other losses, since rewards are per token.
         gamma: Margin by which the chosen answer's reward is to lead.
-        nll_weight: Of the chosen answers' likelihood, 0 in the paper.
     """
 
     needs_reference: ClassVar[bool] = False
     beta: float = 2.0
     gamma: float = 1.0
-    nll_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        _check(self.beta, nll_weight=self.nll_weight)
+        _check(self.beta)
 
     @override
     def pair_losses(self, chosen: AnswerLogProbs, rejected: AnswerLogProbs) -> Tensor:
@@ -292,16 +306,21 @@ class CPOLoss(PairLoss):
     Args:
         beta: Scale of the rewards.
         label_smoothing: Share of pairs whose labels are taken to be swapped, below 0.5.
-        nll_weight: Weight of the chosen answers' likelihood; 1 in the paper.
+        likelihood_weight: Weight of the chosen answers' likelihood; 1 in the paper.
     """
 
     needs_reference: ClassVar[bool] = False
     beta: float = 0.1
     label_smoothing: float = 0.0
-    nll_weight: float = 1.0
+    likelihood_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        _check(self.beta, self.label_smoothing, self.nll_weight)
+        _check(self.beta, self.label_smoothing, self.likelihood_weight)
+
+    @property
+    @override
+    def nll_weight(self) -> float:
+        return self.likelihood_weight
 
     @override
     def pair_losses(self, chosen: AnswerLogProbs, rejected: AnswerLogProbs) -> Tensor:
@@ -364,10 +383,11 @@ def _log_odds(mean_log_prob_P: Tensor) -> Tensor:
     return log_p - torch.log(-torch.expm1(log_p))
 
 
-def _check(beta: float, label_smoothing: float = 0.0, nll_weight: float = 0.0) -> None:
+def _check(beta: float, label_smoothing: float = 0.0, weight: float = 0.0, flipped_labels: float = 0.0) -> None:
     if not beta > 0:
         raise ValueError(f"beta is {beta}; write a number above 0.")
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing is {label_smoothing}; write a share from 0 to below 0.5.")
-    if nll_weight < 0:
-        raise ValueError(f"nll_weight is {nll_weight}; write a number from 0.")
+    for name, share in (("label_smoothing", label_smoothing), ("flipped_labels", flipped_labels)):
+        if not 0 <= share < 0.5:
+            raise ValueError(f"{name} is {share}; write a share from 0 to below 0.5.")
+    if weight < 0:
+        raise ValueError(f"The weight of the likelihood is {weight}; write a number from 0.")

@@ -44,9 +44,9 @@ class PreferenceModule(CausalLMModule):
     .. math:: \frac{1}{P} \Big( \sum_{pairs} \ell + w \frac{1}{m} \sum_{tokens} -\log \pi(token) \Big)
 
     with P the pairs (for KTO the answers) of the whole step, over its micro-batches and ranks. The second sum, there
-    for losses with a ``nll_weight`` w, goes over the tokens of the chosen answers; m is their mean number for a pair
-    in the training data. So each token weighs the same, in short and long answers, wherever the steps are cut; dividing
-    by the tokens of the step would need their number before its first micro-batch.
+    for losses that give the likelihood a weight w, goes over the tokens of the chosen answers; m is their mean number
+    for a pair in the training data. So each token weighs the same, in short and long answers, wherever the steps are
+    cut; dividing by the tokens of the step would need their number before its first micro-batch.
 
     KTO's divergence z is estimated over all mismatched answers of the optimizer step before (0 in the first, where
     model and reference are the same), again so that it does not depend on the cut. Validation and test compute their
@@ -63,7 +63,8 @@ class PreferenceModule(CausalLMModule):
     Args:
         model_name: The base: a Hugging Face id, a folder, a .gguf file, or package:NAME for a GGUF file that an
             installed Python package carries.
-        loss: What is optimised: DPOLoss, RobustDPOLoss, IPOLoss, HingeLoss, ORPOLoss, SimPOLoss, CPOLoss or KTOLoss.
+        loss: What is optimised: DPOLoss, RobustDPOLoss, IPOLoss, HingeLoss, ORPOLoss, SimPOLoss, CPOLoss or KTOLoss;
+            null for DPOLoss.
         precompute_reference: Compute the reference's log-probabilities once, before training, and keep them in
             ``$LIGHTNING_QLORA_CACHE/reference`` for every later run on the same base, adapter and data. It pays from
             the second epoch, or run, on.
@@ -77,12 +78,13 @@ class PreferenceModule(CausalLMModule):
         self,
         model_name: str,
         *,
-        loss: PreferenceLoss = DPOLoss(),  # noqa: B008 - frozen
+        loss: PreferenceLoss | None = None,
         precompute_reference: bool = False,
         mean_chosen_tokens: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(model_name, **kwargs)
+        loss = loss or DPOLoss()
         if precompute_reference and not loss.needs_reference:
             raise MisconfigurationException(
                 f"{type(loss).__name__} has no reference to be computed beforehand. Remove precompute_reference."
@@ -142,7 +144,7 @@ class PreferenceModule(CausalLMModule):
             raise MisconfigurationException(
                 f"{type(self.loss).__name__} weighs the tokens of the chosen answers by their mean number for a pair "
                 "in the training data, which only a data module such as PreferenceDataModule tells. Write "
-                "mean_chosen_tokens, or nll_weight: 0."
+                "mean_chosen_tokens."
             )
         return data.mean_chosen_tokens()
 

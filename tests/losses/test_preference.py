@@ -135,7 +135,7 @@ def test_no_pair_sums_to_an_exact_zero_that_reaches_the_model(name):
     [
         lambda: DPOLoss(beta=0.0),
         lambda: DPOLoss(label_smoothing=0.5),
-        lambda: ORPOLoss(nll_weight=-1.0),
+        lambda: ORPOLoss(likelihood_weight=-1.0),
         lambda: KTOLoss(undesirable_weight=-1.0),
     ],
 )
@@ -204,7 +204,7 @@ def split(answers, start, end):
         (HingeLoss(0.3), {"loss_types": ["hinge"]}),
         # TRL has no smoothed sigmoid any more; AOT on a single pair is just that.
         (DPOLoss(0.3, 0.2), {"loss_types": ["aot"], "label_smoothing": 0.2}),
-        (DPOLoss(0.3, nll_weight=0.7), {"loss_types": ["sigmoid", "sft"], "loss_weights": [1.0, 0.7]}),
+        (DPOLoss(0.3, rpo_alpha=0.7), {"loss_types": ["sigmoid", "sft"], "loss_weights": [1.0, 0.7]}),
     ],
     ids=["dpo", "robust", "ipo", "hinge", "cdpo", "rpo"],
 )

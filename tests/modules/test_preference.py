@@ -251,7 +251,9 @@ def test_kinds_of_batches_and_losses_must_agree(base):
 def test_the_likelihood_of_tokens_needs_to_know_their_mean_number(base):
     with pytest.raises(MisconfigurationException, match="mean_chosen_tokens"):
         trainer().fit(tiny_preference_module(base, loss=ORPOLoss()), loader(pair_batches(3)))
-    trainer(max_steps=1).fit(tiny_preference_module(base, loss=ORPOLoss(nll_weight=0.0)), loader(pair_batches(3)))
+    trainer(max_steps=1).fit(
+        tiny_preference_module(base, loss=ORPOLoss(likelihood_weight=0.0)), loader(pair_batches(3))
+    )
 
 
 def test_nothing_to_precompute_for_a_loss_without_reference(base):
