@@ -38,6 +38,7 @@ TRACEBACK_VARIABLE = "LIGHTNING_QLORA_TRACEBACK"
 # is also what finds ckpt_path: last, and Lightning warns when a callback that was in training is missing later.
 _DEFAULT_CALLBACKS: dict[str, tuple[type[Callback], ...]] = {
     "fit": (AdapterCheckpoint, RunGuard, PerformanceMonitor, RunSummary),
+    "dry_run": (AdapterCheckpoint, RunGuard, PerformanceMonitor, RunSummary),
     "validate": (AdapterCheckpoint, RunGuard),
     "test": (AdapterCheckpoint, RunGuard),
     "predict": (AdapterCheckpoint, RunGuard, PredictionWriter),
@@ -210,8 +211,10 @@ def _expand_shortcuts(args: list[str]) -> list[str]:
     """Spell out what has a shorter spelling.
 
     ``--optimizer`` and ``--lr_scheduler`` are LightningCLI's usual names for what the module builds here; runs to plot
-    are named as files are elsewhere.
+    are named as files are elsewhere; fit --dry_run is the subcommand dry_run, which takes the same configuration.
     """
+    if args[:1] == ["fit"] and "--dry_run" in args:
+        args = ["dry_run", *(argument for argument in args[1:] if argument != "--dry_run")]
     if args[:1] == ["plot"]:
         runs = list(itertools.takewhile(lambda argument: not argument.startswith("-"), args[1:]))
         args = ["plot", *(f"--runs+={run}" for run in runs), *args[1 + len(runs) :]]

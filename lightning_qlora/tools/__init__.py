@@ -6,16 +6,18 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning_qlora.tools.compare import compare
+from lightning_qlora.tools.dry_run import dry_run
 from lightning_qlora.tools.export import export
 from lightning_qlora.tools.generate import generate
 from lightning_qlora.tools.inspect_data import inspect_data
 from lightning_qlora.tools.merge import merge
 from lightning_qlora.tools.plot import plot
 
-__all__ = ["PLANNING_TOOLS", "TOOLS", "compare", "export", "generate", "inspect_data", "merge", "plot"]
+__all__ = ["PLANNING_TOOLS", "TOOLS", "compare", "dry_run", "export", "generate", "inspect_data", "merge", "plot"]
 
 TOOLS: dict[str, Callable[..., Any]] = {
     "compare": compare,
+    "dry_run": dry_run,
     "export": export,
     "generate": generate,
     "inspect": inspect_data,

@@ -10,7 +10,7 @@ import lightning as L
 
 from lightning_qlora.tools.inspection.findings import RunPlan, StageFindings
 
-__all__ = ["plan_run", "planning_settings"]
+__all__ = ["length_of_run", "limit_batches", "plan_run", "planning_settings"]
 
 
 def planning_settings(trainer: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,12 +63,14 @@ def plan_run(
     """
     ranks = world_size or trainer.num_devices * trainer.num_nodes
     accumulate = trainer.accumulate_grad_batches
-    per_rank = _limited(math.ceil(train.batches.num_batches / ranks), trainer.limit_train_batches)
+    per_rank = limit_batches(math.ceil(train.batches.num_batches / ranks), trainer.limit_train_batches)
     share = min(1.0, per_rank * ranks / train.batches.num_batches)  # of the epoch's batches that are trained on
     steps_per_epoch = math.ceil(per_rank / accumulate)
     full_step = accumulate * ranks / train.batches.num_batches
     per_step = full_step if stream else share / max(1, steps_per_epoch)  # the last of an epoch may not be full
-    total, epochs, limited_by = _length(trainer, None if stream else steps_per_epoch)
+    total, epochs, limited_by = length_of_run(
+        None if stream else steps_per_epoch, max_steps=trainer.max_steps, max_epochs=trainer.max_epochs
+    )
 
     def tokens_of_run(per_epoch: int) -> int | None:
         return None if total is None else round(per_epoch * per_step * total)
@@ -88,15 +90,17 @@ def plan_run(
     )
 
 
-def _limited(batches: int, limit: float) -> int:
+def limit_batches(batches: int, limit: float) -> int:
     """Apply ``limit_train_batches``: a number of batches, or a share of them."""
     return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
 
 
-def _length(trainer: L.Trainer, steps_per_epoch: int | None) -> tuple[int | None, float | None, str | None]:
-    """Return the optimizer steps, the epochs, and the setting that ends the run."""
-    max_steps = trainer.max_steps if trainer.max_steps >= 0 else None
-    max_epochs = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs >= 0 else None
+def length_of_run(
+    steps_per_epoch: int | None, *, max_steps: int | None, max_epochs: int | None
+) -> tuple[int | None, float | None, str | None]:
+    """Return the optimizer steps, the epochs, and the setting that ends the run; negative settings are none."""
+    max_steps = max_steps if max_steps is not None and max_steps >= 0 else None
+    max_epochs = max_epochs if max_epochs is not None and max_epochs >= 0 else None
     if steps_per_epoch is None:
         return max_steps, None, "max_steps" if max_steps is not None else None
     by_epochs = None if max_epochs is None else max_epochs * steps_per_epoch
