@@ -29,6 +29,7 @@ from lightning_qlora.evaluation import (
     Verdict,
     adapters_off,
     answer_questions,
+    changes_base,
     encode_prompts,
     encode_references,
     judge,
@@ -48,9 +49,6 @@ from lightning_qlora.schema import ChatDataModule
 __all__ = ["AnswerComparison"]
 
 _Shown: TypeAlias = tuple[list[Question], AnswerSheet, AnswerSheet, list[Verdict]]
-
-# Initialisations that take something out of the base and put it into the adapters: without them it is not the base.
-_BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class AnswerComparison(Callback):
@@ -119,11 +117,11 @@ class AnswerComparison(Callback):
         template = _chat_template(trainer)
         encode_prompts(template, self.questions)
         encode_references(template, self.questions)
-        init = getattr(_peft_model(pl_module).active_peft_config, "init_lora_weights", True)
-        if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS):
+        adapter = _peft_model(pl_module).active_peft_config
+        if changes_base(adapter):
             rank_zero_warn(
-                f"init_lora_weights={init!r} moves a part of the base into the adapters, so AnswerComparison's answers "
-                "with adapters off are not those of the original base."
+                f"init_lora_weights={adapter.init_lora_weights!r} moves a part of the base into the adapters, so "
+                "AnswerComparison's answers with adapters off are not those of the original base."
             )
 
     @override

@@ -8,6 +8,7 @@ later (rates by tag, intervals, paired tests) needs no model again.
 from lightning_qlora.evaluation.answers import (
     adapters_off,
     answer_questions,
+    changes_base,
     decoding_config,
     encode_prompts,
     encode_references,
@@ -48,6 +49,7 @@ __all__ = [
     "Verdict",
     "adapters_off",
     "answer_questions",
+    "changes_base",
     "decoding_config",
     "difference",
     "encode_prompts",

@@ -25,6 +25,7 @@ from lightning_qlora.tools.comparison import (
     judge_limits,
     preference_pairs,
     read_previous,
+    refuse_changed_base,
     render_page,
     to_record,
     training_rows,
@@ -134,6 +135,7 @@ def compare(
     limits.check(asked)
     previous = None if against is None else read_previous(against)
     folders, models = find_adapters(adapters), _find_merged(merged)
+    refuse_changed_base(folders)
     names = [BASE, *folders, *models]
     _check_names(names, baseline)
     base, revision = trained_base(list(folders.values()), base, revision)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -147,6 +147,8 @@ class _Chat:
 
     def run(self) -> None:
         """Read lines until the end of the input."""
+        with suppress(ImportError):
+            import readline  # noqa: F401 - gives input() line editing and a history, where there is such a thing
         print(f"{self._who_answers()} answers. /help lists the commands.")
         while True:
             try:
@@ -248,6 +250,8 @@ def _check_options(
         raise ValueError("Nothing to answer with: write --adapter FOLDER, or --base NAME for the base alone.")
     if prompt is not None and file is not None:
         raise ValueError("--prompt and --file are both given; write one of them, or neither to chat.")
+    if not isinstance(adapter, str | None) and len(adapter) > 1 and not (prompt is None and file is None):
+        raise ValueError("Several adapters are for a chat, which switches between them; compare asks several at once.")
     if output is not None and file is None:
         raise ValueError("--output takes the answers to a --file of questions; none is given.")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from tiny import tiny_tokenizer
@@ -204,7 +205,7 @@ def test_the_loop_closes(base, tokenizer, adapters, questions, tmp_path, capsys)
     )
 
     data = SFTDataModule(str(failures), tokenizer=base, max_length=128, cache_dir=str(tmp_path / "cache"))
-    checkpoint = AdapterCheckpoint(dirpath=str(tmp_path / "run" / "checkpoints"))
+    checkpoint = AdapterCheckpoint(dirpath=str(tmp_path / "run" / "checkpoints"), every_n_epochs=100)
     trainer = tiny_trainer(tmp_path / "run", callbacks=[checkpoint], enable_checkpointing=True, max_epochs=100)
     trainer.fit(tiny_sft_module(base, lr=5e-3, r=16), data)
     capsys.readouterr()
@@ -308,6 +309,16 @@ def test_refuses_names_that_are_not_distinct(adapters, questions, base, tmp_path
         compare(questions, {"base": adapters[0]}, output=None)
     with pytest.raises(ValueError, match="is also the last given"):
         compare(questions, adapters[0], baseline="one", output=None)
+
+
+def test_an_adapter_that_holds_a_part_of_the_base_is_not_compared_with_it(adapters, questions, tmp_path):
+    shutil.copytree(adapters[0], tmp_path / "pissa")
+    (tmp_path / "pissa" / "manifest.json").unlink()
+    config = json.loads((tmp_path / "pissa" / "adapter_config.json").read_text())
+    (tmp_path / "pissa" / "adapter_config.json").write_text(json.dumps({**config, "init_lora_weights": "pissa"}))
+
+    with pytest.raises(ValueError, match="neither the base nor another adapter could answer beside it"):
+        compare(questions, {"plain": adapters[1], "pissa": str(tmp_path / "pissa")}, output=None)
 
 
 def test_a_merged_model_must_speak_the_same_tokens(base, adapters, tokenizer, questions, tmp_path):

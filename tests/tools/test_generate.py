@@ -212,6 +212,7 @@ def test_sampling_follows_the_seed(adapter, capsys):
         ({}, "Nothing to answer with"),
         ({"base": "b", "prompt": "x", "file": "y"}, "both given"),
         ({"base": "b", "output": "y"}, "none is given"),
+        ({"adapter": ["a", "b"], "prompt": "x"}, "compare asks several"),
         ({"base": "b", "temperature": -1.0}, "temperature=-1.0"),
         ({"base": "b", "top_p": 0.0}, "top_p=0.0"),
         ({"base": "b", "max_new_tokens": 0}, "max_new_tokens is 0"),
