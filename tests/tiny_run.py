@@ -101,10 +101,12 @@ class Record(L.Callback):
         self.losses.append(float(outputs["loss"]))
 
 
-def tiny_module(base: str, *, dropout: float = 0.1, lora: dict[str, Any] | None = None, **kwargs: Any) -> SFTModule:
+def tiny_module(
+    base: str, *, dropout: float = 0.1, lora: dict[str, Any] | None = None, kind: Any = SFTModule, **kwargs: Any
+) -> Any:
     options = {"r": 4, "lora_alpha": 8, "lora_dropout": dropout, "target_modules": "all-linear"}
     config = LoraConfig(**{**options, "task_type": "CAUSAL_LM", **(lora or {})})
-    return SFTModule(base, lora=config, **{"activation_checkpointing": "none", "lr": 1e-2, **kwargs})
+    return kind(base, lora=config, **{"activation_checkpointing": "none", "lr": 1e-2, **kwargs})
 
 
 def tiny_trainer(root: Path, *callbacks: L.Callback, **kwargs: Any) -> L.Trainer:

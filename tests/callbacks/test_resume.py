@@ -1,43 +1,64 @@
-"""A resumed run is bit for bit the run that was not interrupted: real data module, real 4-bit base, dropout."""
+"""A resumed run is bit for bit the run that was not interrupted: real data modules, real 4-bit base, dropout."""
 
 import json
 
 import lightning as L
 import pytest
+import torch
 from tiny import tiny_tokenizer
 from tiny_models import save_tiny_model
 from tiny_run import Record, assert_equal, final_state, tiny_module, tiny_trainer
 
 from lightning_qlora.callbacks import AdapterCheckpoint
-from lightning_qlora.data.datamodule import SFTDataModule
+from lightning_qlora.data import PreferenceDataModule, SFTDataModule
+from lightning_qlora.losses import DPOLoss, KTOLoss, ORPOLoss
+from lightning_qlora.model import save_adapter
+from lightning_qlora.modules import PreferenceModule, SFTModule
 from lightning_qlora.publishing import LocalStore
 
 QUESTIONS = ("What is {}?", "Please think about {} for a while, and then think again.", "{}")
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LIGHTNING_QLORA_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
-    """A folder with a base and two files of chats."""
+    """A folder with a base, an adapter of it, and files of chats and of pairs to train and validate on."""
     root = tmp_path_factory.mktemp("task")
     save_tiny_model(root / "base", tokenizer=tiny_tokenizer("chatml"), num_hidden_layers=1)
+    started = tiny_module(str(root / "base"), untrained_tokens="ignore")
+    started.configure_model()
+    torch.nn.init.normal_(next(p for n, p in started.named_parameters() if "lora_B" in n), std=0.1)
+    save_adapter(started.model, root / "adapter")
     for name, count in (("train", 24), ("val", 4)):
-        with open(root / f"{name}.jsonl", "w") as file:
+        with open(root / f"{name}.jsonl", "w") as chats, open(root / f"{name}_pairs.jsonl", "w") as pairs:
             for i in range(count):
-                question = QUESTIONS[i % 3].format(f"{name} {i}")
-                turns = [{"role": "user", "content": question}, {"role": "assistant", "content": f"It is {7 * i}."}]
-                file.write(json.dumps({"messages": turns}) + "\n")
+                question, answer = QUESTIONS[i % 3].format(f"{name} {i}"), f"It is {7 * i}."
+                turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+                chats.write(json.dumps({"messages": turns}) + "\n")
+                pairs.write(json.dumps({"prompt": question, "chosen": answer, "rejected": f"{i}? Well."}) + "\n")
     return root
 
 
-def fit(task, root, *, ckpt_path=None, seed=0, data=None, checkpoint=None, **trainer):
+def fit(task, root, *, ckpt_path=None, seed=0, data=None, model=None, checkpoint=None, **trainer):
+    """Train; on pairs where ``model`` holds options of PreferenceModule."""
     L.seed_everything(seed, workers=True)
     record = Record()
-    options = {"max_length": 128, "tokens_per_batch": 192, "cache_dir": str(task / "cache"), **(data or {})}
-    chats = SFTDataModule(str(task / "train.jsonl"), str(task / "val.jsonl"), tokenizer=str(task / "base"), **options)
+    kind, suffix = (SFTModule, "") if model is None else (PreferenceModule, "_pairs")
+    data_kind, tokens = (SFTDataModule, 192) if model is None else (PreferenceDataModule, 384)
+    options = {"max_length": 128, "tokens_per_batch": tokens, "cache_dir": str(task / "cache"), **(data or {})}
+    files = [str(task / f"{name}{suffix}.jsonl") for name in ("train", "val")]
+    rows = data_kind(*files, tokenizer=str(task / "base"), **options)
+    model = dict(model or {})
+    if "adapter" in model:
+        model["adapter"] = str(task / model["adapter"])
     publish = AdapterCheckpoint(root, **{"every_n_train_steps": 1, "save_top_k": -1, **(checkpoint or {})})
     trainer = tiny_trainer(root, record, publish, **trainer)
-    module = tiny_module(str(task / "base"), untrained_tokens="ignore")
-    trainer.fit(module, datamodule=chats, ckpt_path=ckpt_path)
+    module = tiny_module(str(task / "base"), kind=kind, untrained_tokens="ignore", **model)
+    trainer.fit(module, datamodule=rows, ckpt_path=ckpt_path)
     return trainer, record
 
 
@@ -56,6 +77,23 @@ CASES = {
     },
     "padded": {"data": {"packing": False, "batch_size": 4, "tokens_per_batch": None}, "accumulate_grad_batches": 2},
     "best of a metric": {"checkpoint": {"monitor": "val_loss", "every_n_train_steps": 2}, "val_check_interval": 3},
+    "DPO after an adapter, shared prompts, short last window": {
+        "model": {"loss": DPOLoss(), "adapter": "adapter"},
+        "data": {"share_prompts": True},
+        "accumulate_grad_batches": 4,
+    },
+    "ORPO, workers, validation inside epochs": {
+        "model": {"loss": ORPOLoss()},
+        "data": {"num_workers": 1},
+        "val_check_interval": 0.5,
+    },
+    "KTO, reference computed beforehand, best of a metric": {
+        "model": {"loss": KTOLoss(), "precompute_reference": True},
+        "data": {"unpaired": True},
+        "accumulate_grad_batches": 2,
+        "checkpoint": {"monitor": "val_reward_margin", "mode": "max", "every_n_train_steps": 2},
+        "val_check_interval": 3,
+    },
 }
 
 
