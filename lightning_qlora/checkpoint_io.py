@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.plugins.io import CheckpointIO
@@ -13,7 +14,13 @@ from typing_extensions import override
 
 from lightning_qlora.publishing import MANIFEST_NAME, CheckpointStore, Published, open_store
 
-__all__ = ["TRAINER_FILE", "PublishedCheckpointIO", "published_directory", "verify_published"]
+__all__ = [
+    "TRAINER_FILE",
+    "PublishedCheckpointIO",
+    "published_directory",
+    "read_checkpoints_without_pickle",
+    "verify_published",
+]
 
 TRAINER_FILE = "trainer.ckpt"
 """Lightning's own checkpoint inside a published directory: trained tensors, optimizer, loops, callbacks, data."""
@@ -57,7 +64,7 @@ class PublishedCheckpointIO(CheckpointIO):
         check: Called with the manifest before anything is loaded; raises if the checkpoint belongs elsewhere.
     """
 
-    def __init__(self, inner: CheckpointIO, check: Callable[[Published], None]) -> None:
+    def __init__(self, inner: CheckpointIO, check: Callable[[Published], None] | None = None) -> None:
         self.inner = inner
         self.check = check
         self._staging: Path | None = None
@@ -97,7 +104,9 @@ class PublishedCheckpointIO(CheckpointIO):
         if directory is None:
             # Lightning's default for http:// is to run whatever the pickle holds.
             return self.inner.load_checkpoint(path, weights_only=True if weights_only is None else weights_only)
-        self.check(verify_published(directory))
+        published = verify_published(directory)
+        if self.check is not None:
+            self.check(published)
         self.checked = directory
         store, name = _store_of(directory)
         with store.open(name, TRAINER_FILE) as stream:
@@ -111,3 +120,11 @@ class PublishedCheckpointIO(CheckpointIO):
     @override
     def teardown(self) -> None:
         self.inner.teardown()
+
+
+def read_checkpoints_without_pickle(trainer: L.Trainer) -> PublishedCheckpointIO:
+    """Let a trainer read its checkpoints through :class:`PublishedCheckpointIO`, and return that."""
+    io = trainer.strategy.checkpoint_io
+    if not isinstance(io, PublishedCheckpointIO):
+        io = trainer.strategy.checkpoint_io = PublishedCheckpointIO(io)
+    return io

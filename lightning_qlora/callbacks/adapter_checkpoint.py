@@ -7,7 +7,7 @@ import os
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import timedelta
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from weakref import proxy
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -23,30 +24,26 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_qlora.adapter_folder import (
-    REQUIRED_FILES,
-    find_peft_model,
-    gather_adapter_state,
-    nonfinite_adapters,
-    write_adapter_folder,
-)
 from lightning_qlora.boundary import OptimizerBoundary
-from lightning_qlora.checkpoint_io import TRAINER_FILE, PublishedCheckpointIO, published_directory, verify_published
+from lightning_qlora.callbacks.adapter_publisher import AdapterPublisher, NonFiniteAdapterError
+from lightning_qlora.checkpoint_io import (
+    TRAINER_FILE,
+    PublishedCheckpointIO,
+    published_directory,
+    read_checkpoints_without_pickle,
+    verify_published,
+)
 from lightning_qlora.identity import refuse_differences
-from lightning_qlora.publishing import CheckpointStore, Published, open_store
+from lightning_qlora.publishing import Published, open_store
 from lightning_qlora.ranks import gather_objects, on_rank_zero
 from lightning_qlora.redaction import scrub
-from lightning_qlora.run_record import describe_run, identify_run, stop_tokens_of, tokenizer_of
+from lightning_qlora.run_record import describe_run, identify_run
 
 __all__ = ["AdapterCheckpoint", "NonFiniteAdapterError"]
 
 log = logging.getLogger(__name__)
 
 _HYPER_PARAMETERS = ("hyper_parameters", "datamodule_hyper_parameters")
-
-
-class NonFiniteAdapterError(ValueError):
-    """The adapter holds NaN or infinity and is not published."""
 
 
 class AdapterCheckpoint(ModelCheckpoint):
@@ -62,6 +59,10 @@ class AdapterCheckpoint(ModelCheckpoint):
 
     On a CPU a resumed run is bit for bit the run that was not interrupted, if its data module keeps its position, as
     SFTDataModule does. For that, what validation draws from the random generators does not count.
+
+    Training waits while the files are written, not until they are on the disk: flushing, hashing, publishing and
+    pruning go on in a thread (``background``). What fails there ends training at the next batch or, on several ranks,
+    at the next checkpoint; the end of training, whatever ends it, waits for the last one.
 
     On remote file systems (s3://, gs:// and whatever else fsspec knows) the manifest is uploaded last: a kill leaves
     no torn checkpoint, but an upload is only as durable as the service.
@@ -81,6 +82,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         save_on_train_epoch_end: Whether to publish at the end of the training epoch instead of after validation.
         save_on_exception: Publish when training fails between two optimizer steps (on a single device only).
         keep_at_least: Never fewer whole checkpoints of a run than this, whatever the options above say.
+        background: Whether training goes on while a checkpoint is flushed to the disk, hashed and published.
         allow_mismatch: Parts of a checkpoint's identity that may differ when it is loaded: base, quantization,
             adapter, tokenizer, chat_template, data.
         verbose: Say which checkpoint entered the best.
@@ -107,6 +109,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         save_on_train_epoch_end: bool | None = None,
         save_on_exception: bool = False,
         keep_at_least: int = 2,
+        background: bool = True,
         allow_mismatch: Sequence[str] = (),
         verbose: bool = False,
         auto_insert_metric_name: bool = True,
@@ -130,16 +133,20 @@ class AdapterCheckpoint(ModelCheckpoint):
             raise MisconfigurationException(f"keep_at_least is {keep_at_least}; write 1 or more (the default is 2).")
         refuse_differences("", {}, {}, allow_mismatch)  # checks the names
         self.keep_at_least = keep_at_least
+        self.background = background
         self.allow_mismatch = tuple(allow_mismatch)
         self.last_save_seconds = 0.0
         """How long the last checkpoint kept training waiting."""
         self.last_save_bytes = 0
         """Size of the last checkpoint."""
-        self._store: CheckpointStore = open_store(self.dirpath or ".")
-        self._io: PublishedCheckpointIO | None = None
+        self.seconds_waited = 0.0
+        """How long the checkpoints of this run kept training waiting, all together."""
+        self._publisher = AdapterPublisher(open_store(self.dirpath or "."), PublishedCheckpointIO(TorchCheckpointIO()))
         self._run = ""
         self._identity: dict[str, Any] | None = None
         self._published_step = -1
+        self._num_published = 0
+        self._started = 0.0
         self._then: Callable[[str], None] | None = None
         self._boundary = OptimizerBoundary()
         self._validated_mid_window = False
@@ -155,15 +162,15 @@ class AdapterCheckpoint(ModelCheckpoint):
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.dirpath = self._root(trainer)
-        self._store = open_store(self.dirpath)
         self._identity = None
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
             super().setup(trainer, pl_module, stage)
-        self._install_io(trainer)
+        self._publisher = AdapterPublisher(open_store(self.dirpath), self._install_io(trainer))
         if stage == "fit":
             self._run = uuid.uuid4().hex
             self._published_step = -1
+            self._num_published, self.seconds_waited = 0, 0.0
             self._boundary = OptimizerBoundary()
             if not _is_trial(trainer):
                 on_rank_zero(trainer, self._sweep)
@@ -173,15 +180,13 @@ class AdapterCheckpoint(ModelCheckpoint):
         # the checkpoints of the last one.
         return str(self.dirpath or os.path.join(trainer.default_root_dir, "checkpoints"))
 
-    def _install_io(self, trainer: L.Trainer) -> None:
-        strategy = trainer.strategy
-        if not isinstance(strategy.checkpoint_io, PublishedCheckpointIO):
-            strategy.checkpoint_io = PublishedCheckpointIO(strategy.checkpoint_io, lambda p: None)
-        self._io = strategy.checkpoint_io
-        self._io.check = lambda published: self._check(trainer, published)
+    def _install_io(self, trainer: L.Trainer) -> PublishedCheckpointIO:
+        io = read_checkpoints_without_pickle(trainer)
+        io.check = lambda published: self._check(trainer, published)
+        return io
 
     def _sweep(self) -> None:
-        if swept := self._store.sweep():
+        if swept := self._publisher.store.sweep():
             log.info("removed what an interrupted save left in %s: %s", self.dirpath, ", ".join(swept))
 
     @override
@@ -213,6 +218,7 @@ class AdapterCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._boundary.start(trainer)
+        self._started = time.monotonic()
         self._validated_mid_window, self._then = False, None
         _agree_on_resume_path(trainer)
         if trainer.ckpt_path is None:
@@ -223,7 +229,7 @@ class AdapterCheckpoint(ModelCheckpoint):
             self._last_checkpoint_saved = directory + self.FILE_EXTENSION
 
     def _warn_of_another_run(self) -> None:
-        if found := self._store.candidates():
+        if found := self._publisher.store.candidates():
             rank_zero_warn(
                 f"{self.dirpath} holds {len(found)} checkpoints of another run, and this one starts from the beginning "
                 "beside them. To go on from the newest, write ckpt_path: last; else choose another dirpath."
@@ -233,6 +239,8 @@ class AdapterCheckpoint(ModelCheckpoint):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        if trainer.world_size == 1 and self._publisher.has_finished:
+            self._settle(trainer)  # several ranks would have to talk to one another before each batch
         self._boundary.begin_batch(batch_idx)
 
     @override
@@ -270,9 +278,22 @@ class AdapterCheckpoint(ModelCheckpoint):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._may_save_last(trainer):
             self._save_extra(trainer)
+        waited = time.monotonic()
+        self._settle(trainer)
+        self.seconds_waited += time.monotonic() - waited
+        if self._num_published:
+            rank_zero_info(
+                f"Published {self._num_published} checkpoints in {self.dirpath}, the last of "
+                f"{self.last_save_bytes / 1e6:.1f} MB. Training waited {self.seconds_waited:.1f} s for them, "
+                f"{self.seconds_waited / max(time.monotonic() - self._started, 1e-9):.1%} of its time."
+            )
 
     @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if (
+            error := self._publisher.give_up()
+        ) is not None:  # the run ends for another reason, which must not be hidden
+            log.error("The checkpoint %s was not published: %s", self._last_checkpoint_saved, error)
         if trainer.world_size == 1 and self._boundary.is_here and self._should_save_on_exception(trainer):
             rank_zero_info(f"{type(exception).__name__} was raised; published {self.publish(trainer)}.")
 
@@ -283,6 +304,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         """
         if self._published_step != trainer.global_step:
             self._save_extra(trainer)
+        self._settle(trainer)
         return self._last_checkpoint_saved.removesuffix(self.FILE_EXTENSION)
 
     @property
@@ -359,6 +381,7 @@ class AdapterCheckpoint(ModelCheckpoint):
 
     @override
     def file_exists(self, filepath: str | Path, trainer: L.Trainer) -> bool:
+        self._settle(trainer)
         return super().file_exists(str(filepath).removesuffix(self.FILE_EXTENSION), trainer)
 
     # Publishing
@@ -366,55 +389,29 @@ class AdapterCheckpoint(ModelCheckpoint):
     @override
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         started = time.monotonic()
-        published = self._publish(trainer, filepath)
+        self._settle(trainer)
+        kept = {_name(path) for path in (filepath, *self.best_k_models)}
+        self._publisher.start(trainer, _name(filepath), lambda: self._describe(trainer), lambda: self._prune(kept))
         self._last_global_step_saved = self._published_step = trainer.global_step
         self._last_checkpoint_saved = self.last_model_path = filepath
-        on_rank_zero(trainer, self._prune)
+        if not self.background:
+            self._settle(trainer)
         self.last_save_seconds = time.monotonic() - started
+        self.seconds_waited += self.last_save_seconds
+
+    def _settle(self, trainer: L.Trainer) -> None:
+        """Wait for the checkpoint that is being published, if one is; all ranks call it, and raise if it failed."""
+        published = self._publisher.settle(trainer)
+        if published is None:
+            return
+        self._num_published += 1
         self.last_save_bytes = published.num_bytes
-        log.info("published %s: %.1f MB in %.2f s", published.path, published.num_bytes / 1e6, self.last_save_seconds)
+        log.info("published %s: %.1f MB", published.path, published.num_bytes / 1e6)
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.after_save_checkpoint(proxy(self))
 
-    def _publish(self, trainer: L.Trainer, filepath: str) -> Published:
-        module = trainer.lightning_module
-        bad = nonfinite_adapters(module)
-        if trainer.strategy.reduce_boolean_decision(bool(bad), all=False):
-            raise NonFiniteAdapterError(
-                f"The adapter is not published at step {trainer.global_step}, because it holds NaN or infinity"
-                f"{' in ' + ', '.join(bad[:3]) if bad else ' on another rank'}. The checkpoints before it are as they "
-                "were. RunGuard stops training before such an update."
-            )
-        name = _name(filepath)
-        staging = on_rank_zero(trainer, lambda: self._store.begin(name))
-        try:
-            self._write_trainer_state(trainer, staging)
-            state = gather_adapter_state(module)
-            return on_rank_zero(trainer, lambda: self._finish(trainer, staging, name, state))
-        except BaseException:
-            if trainer.is_global_zero:
-                self._store.abort(staging)
-            raise
-
-    def _write_trainer_state(self, trainer: L.Trainer, staging: Path) -> None:
-        assert self._io is not None, "setup has not run"
-        self._io.expect(staging)
-        try:
-            trainer.save_checkpoint(staging / TRAINER_FILE, weights_only=False)
-            on_rank_zero(trainer, self._io.raise_error)
-        finally:
-            self._io.expect(None)
-
-    def _finish(self, trainer: L.Trainer, staging: Path, name: str, state: Mapping[str, Tensor] | None) -> Published:
-        _, model = find_peft_model(trainer.lightning_module)
-        tokenizer, stop_token_ids = tokenizer_of(trainer), stop_tokens_of(trainer)
-        write_adapter_folder(staging, model, state=state, tokenizer=tokenizer, stop_token_ids=stop_token_ids)
-        # Distributed checkpoints are a directory of that name; their files are in the manifest like any other.
-        required = REQUIRED_FILES if (staging / TRAINER_FILE).is_dir() else (*REQUIRED_FILES, TRAINER_FILE)
-        return self._store.commit(staging, name, self._metadata(trainer), required)
-
-    def _metadata(self, trainer: L.Trainer) -> dict[str, Any]:
+    def _describe(self, trainer: L.Trainer) -> dict[str, Any]:
         record = describe_run(trainer)
         record["epoch"] = trainer.current_epoch if self._boundary.epoch is None else self._boundary.epoch
         return {**record, "monitor": self.monitor, "run": self._run, "callback": self.state_key} | {
@@ -427,17 +424,12 @@ class AdapterCheckpoint(ModelCheckpoint):
     def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         """Leave it to :meth:`_prune`, which looks at what there is instead of at what this process remembers."""
 
-    def _prune(self) -> None:
+    def _prune(self, kept: Collection[str]) -> None:
         if self.save_top_k == -1:
             return
-        mine = [p for p in self._store.published() if self._is_mine(p)]
-        kept = {self._last_checkpoint_saved, *self.best_k_models}
-        kept_names = {_name(path) for path in kept if path}
-        doomed = [p.name for p in mine if p.name not in kept_names]
-        try:
-            self._store.prune(doomed, self.keep_at_least, among={p.name for p in mine})
-        except OSError as error:
-            rank_zero_warn(f"Old checkpoints in {self.dirpath} could not be removed: {error}.")
+        mine = [p for p in self._publisher.store.published() if self._is_mine(p)]
+        doomed = [p.name for p in mine if p.name not in kept]
+        self._publisher.store.prune(doomed, self.keep_at_least, among={p.name for p in mine})
 
     def _is_mine(self, published: Published) -> bool:
         return (published.metadata.get("run"), published.metadata.get("callback")) == (self._run, self.state_key)
@@ -486,7 +478,7 @@ class AdapterCheckpoint(ModelCheckpoint):
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         # Sharded strategies read checkpoints by themselves, not through the plugin.
         directory = published_directory(trainer.ckpt_path) if trainer.ckpt_path is not None else None
-        if directory is not None and self._io is not None and self._io.checked != directory:
+        if directory is not None and self._publisher.io.checked != directory:
             self._check(trainer, verify_published(directory))
         if trainer.state.fn == TrainerFn.FITTING:
             self._boundary.load(checkpoint, trainer)

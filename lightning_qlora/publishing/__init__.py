@@ -7,6 +7,7 @@ name that readers look for. Whatever happens in between, a reader finds the whol
 Nothing here knows what the files mean: no torch, no Lightning. :func:`open_store` is the way in.
 """
 
+from lightning_qlora.publishing.background import BackgroundJob
 from lightning_qlora.publishing.local import LocalStore, verify
 from lightning_qlora.publishing.manifest import (
     MANIFEST_NAME,
@@ -22,6 +23,7 @@ from lightning_qlora.publishing.store import LATEST_NAME, CheckpointStore
 __all__ = [
     "LATEST_NAME",
     "MANIFEST_NAME",
+    "BackgroundJob",
     "CheckpointStore",
     "DamagedCheckpointError",
     "FileRecord",

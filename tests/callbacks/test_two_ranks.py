@@ -123,14 +123,27 @@ def test_a_signal_to_one_rank_stops_both_at_the_same_step(base, tmp_path):
 class FailingStore(AdapterCheckpoint):
     """Cannot write its second checkpoint."""
 
-    def _finish(self, trainer, *args):
+    def _describe(self, trainer):
         if trainer.global_step == 2:
             raise OSError(28, "No space left on device")
-        return super()._finish(trainer, *args)
+        return super()._describe(trainer)
 
 
-def test_a_failed_save_raises_on_both(base, tmp_path):
-    checkpoint = FailingStore(tmp_path / "checkpoints", every_n_train_steps=1)
+class FailingThread(AdapterCheckpoint):
+    """Cannot publish its second checkpoint; that turns out while training goes on."""
+
+    def _describe(self, trainer):
+        if trainer.global_step == 2:
+            self._publisher.store.commit = self.fail
+        return super()._describe(trainer)
+
+    def fail(self, *args):
+        raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("kind", [FailingStore, FailingThread])
+def test_a_failed_save_raises_on_both(base, tmp_path, kind):
+    checkpoint = kind(tmp_path / "checkpoints", every_n_train_steps=1)
     ends = two_ranks(base, tmp_path, name="run", checkpoint=checkpoint)
     assert ends[0]["exception"] == "OSError(28, 'No space left on device')"
     assert ends[1]["exception"] == "RankZeroError('OSError: [Errno 28] No space left on device')"

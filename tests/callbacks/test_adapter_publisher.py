@@ -1,0 +1,154 @@
+"""Checkpoints are published beside training: same files, nothing lost at any end, failures told."""
+
+import copy
+import logging
+import os
+import pickle
+import signal
+import threading
+import time
+from pathlib import Path
+
+import lightning as L
+import pytest
+from lightning.pytorch.loggers import CSVLogger
+from tiny_models import save_tiny_model
+from tiny_run import TinyData, tiny_module, tiny_trainer
+
+from lightning_qlora.callbacks import AdapterCheckpoint, RunGuard
+from lightning_qlora.publishing import LocalStore, verify
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("base"))
+
+
+def fit(base, root, *callbacks, **options):
+    L.seed_everything(0)
+    trainer = tiny_trainer(root, *callbacks, **{"max_epochs": 1, **options})
+    trainer.fit(tiny_module(base), datamodule=TinyData())
+
+
+def names(root):
+    return [p.name for p in reversed(LocalStore(root).published())]
+
+
+class SlowStore(LocalStore):
+    """Takes its time to publish, or fails at it, and notes when."""
+
+    def __init__(self, root, seconds=0.3, fails_at=None):
+        super().__init__(root)
+        self.seconds, self.fails_at, self.threads = seconds, fails_at, []
+
+    def commit(self, staging, name, metadata, required=()):
+        self.threads.append(threading.current_thread().name)
+        time.sleep(self.seconds)
+        if metadata["step"] == self.fails_at:
+            raise OSError(28, "No space left on device")
+        return super().commit(staging, name, metadata, required)
+
+
+class UsesStore(AdapterCheckpoint):
+    def __init__(self, store, **options):
+        super().__init__(store.root, **options)
+        self.store = store
+
+    def setup(self, trainer, module, stage):
+        super().setup(trainer, module, stage)
+        self._publisher.store = self.store
+
+
+class Watch(L.Callback):
+    """What was published when each batch began."""
+
+    def __init__(self, root):
+        self.root, self.seen = root, []
+
+    def on_train_batch_start(self, trainer, *args):
+        self.seen.append((trainer.global_step, len(names(self.root))))
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_training_goes_on_while_a_checkpoint_is_published(base, tmp_path, background, caplog):
+    store, watch = SlowStore(tmp_path / "c", seconds=1.0), Watch(tmp_path / "c")
+    checkpoint = UsesStore(store, every_n_train_steps=4, background=background)
+    with caplog.at_level(logging.INFO):
+        fit(base, tmp_path, checkpoint, watch)
+    assert dict(watch.seen)[4] == (0 if background else 1)
+    assert names(tmp_path / "c") == ["epoch=0-step=4", "epoch=0-step=6"]
+    assert "MainThread" not in store.threads
+    assert checkpoint.seconds_waited >= (1.0 if background else 2.0)  # the end waits for the last one in any case
+    assert "Published 2 checkpoints in" in caplog.text
+    assert f"the last of {checkpoint.last_save_bytes / 1e6:.1f} MB. Training waited" in caplog.text
+
+
+def test_the_snapshot_is_that_of_its_step(base, tmp_path):
+    fit(base, tmp_path, AdapterCheckpoint(tmp_path / "a", every_n_train_steps=2, save_top_k=-1, background=False))
+    fit(base, tmp_path, UsesStore(SlowStore(tmp_path / "b"), every_n_train_steps=2, save_top_k=-1))
+    for name in ("epoch=0-step=2", "epoch=0-step=4", "epoch=0-step=6"):
+        one, other = (verify(tmp_path / folder / name).files for folder in "ab")
+        assert one["adapter_model.safetensors"] == other["adapter_model.safetensors"]
+
+
+@pytest.mark.parametrize("fails_at", [2, 6])
+def test_a_failure_in_the_background_ends_training(base, tmp_path, fails_at):
+    store = SlowStore(tmp_path / "c", seconds=0.0, fails_at=fails_at)
+    trainer = tiny_trainer(tmp_path, UsesStore(store, every_n_train_steps=2), Pause(), max_epochs=1)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.fit(tiny_module(base), datamodule=TinyData())
+    assert fails_at <= trainer.global_step <= min(fails_at + 2, 6)  # at a next batch, at the latest at the next save
+    assert names(tmp_path / "c") == {2: [], 6: ["epoch=0-step=2", "epoch=0-step=4"]}[fails_at]
+    assert not [p for p in (tmp_path / "c").iterdir() if p.name.startswith(".")]
+
+
+class Pause(L.Callback):
+    """Gives the thread time, after the callbacks of the batch's start."""
+
+    def on_after_backward(self, *args):
+        time.sleep(0.2)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_exception_waits_for_what_is_being_published(base, tmp_path, fails, caplog):
+    class Fails(L.Callback):
+        def on_train_batch_start(self, trainer, *args):
+            if trainer.global_step == 4:
+                raise KeyError("x")
+
+    store = SlowStore(tmp_path / "c", seconds=0.5, fails_at=4 if fails else None)
+    with pytest.raises(KeyError):
+        fit(base, tmp_path, UsesStore(store, every_n_train_steps=4), Fails())
+    assert names(tmp_path / "c") == ([] if fails else ["epoch=0-step=4"])
+    assert ("epoch=0-step=4/trainer.ckpt was not published: [Errno 28]" in caplog.text) == fails
+
+
+def test_a_preempted_run_exits_only_when_it_is_published(base, tmp_path):
+    class Tell(L.Callback):
+        def on_train_batch_start(self, trainer, *args):
+            if trainer.global_step == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    store = SlowStore(tmp_path / "c", seconds=0.5)
+    with pytest.raises(SystemExit) as exit_:
+        fit(base, tmp_path, UsesStore(store, every_n_train_steps=100), RunGuard(), Tell())
+    assert exit_.value.code == 143
+    assert names(tmp_path / "c") == ["epoch=0-step=4"]
+
+
+def test_loggers_are_told_of_what_is_there(base, tmp_path):
+    class Logger(CSVLogger):
+        told = []
+
+        def after_save_checkpoint(self, checkpoint):
+            self.told.append(Path(checkpoint.last_model_path).is_file())
+
+    fit(base, tmp_path, AdapterCheckpoint(every_n_train_steps=2), logger=Logger(tmp_path / "logs"))
+    assert Logger.told == [True, True, True]
+
+
+def test_the_callback_can_be_copied_and_sent(base, tmp_path):
+    checkpoint = AdapterCheckpoint(tmp_path / "c", every_n_train_steps=3)
+    fit(base, tmp_path, checkpoint)
+    assert copy.deepcopy(checkpoint).last_model_path == checkpoint.last_model_path
+    assert pickle.loads(pickle.dumps(AdapterCheckpoint(tmp_path / "c"))).dirpath == str(tmp_path / "c")
