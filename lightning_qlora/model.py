@@ -17,6 +17,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from lightning_qlora.pretrained import resolve_pretrained
 
@@ -147,7 +148,18 @@ def load_base_model(
     model.requires_grad_(False)
     _keep_cpu_weights_trainable(model)
     model.get_output_embeddings().register_forward_pre_hook(_contiguous)
+    model.config._commit_hash = _resolved_commit(source, revision, model_kwargs or {})
     return model
+
+
+def _resolved_commit(source: str, revision: str | None, options: Mapping[str, Any]) -> str | None:
+    """Return the commit that a hub id's branch or tag meant, from where its files lie now; transformers forgets it."""
+    if Path(source).exists():
+        return None
+    where = {name: options[name] for name in ("cache_dir", "token", "subfolder") if name in options}
+    file = cached_file(source, "config.json", revision=revision, local_files_only=True, **where)
+    commit: str | None = extract_commit_hash(file, None)
+    return commit
 
 
 def _contiguous(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

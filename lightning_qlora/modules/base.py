@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import lightning as L
 import torch
@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 from typing_extensions import override
 
+from lightning_qlora.checkpoint_io import read_checkpoints_without_pickle
 from lightning_qlora.identity import check_adapter
 from lightning_qlora.kernels.attention import use_document_attention
 from lightning_qlora.loop_state import repair_loops
@@ -141,6 +142,7 @@ class CausalLMModule(L.LightningModule):
     @override
     def setup(self, stage: str) -> None:
         _check_precision(self.trainer)
+        read_checkpoints_without_pickle(self.trainer)
 
     @override
     def configure_model(self) -> None:
@@ -321,6 +323,18 @@ class CausalLMModule(L.LightningModule):
         for name in [name for name in state if name.startswith(prefix) and name not in keep]:
             del state[name]  # in place: sharded strategies hold the same dictionary
         return state
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: Any, *args: Any, weights_only: bool = True, trust_remote_code: bool = False, **kwargs: Any
+    ) -> Self:
+        """Load a module from Lightning's checkpoint, as ``LightningModule.load_from_checkpoint`` does.
+
+        Two things are not for the checkpoint to decide: whether its pickle may run (Lightning's default for addresses),
+        and whether its base may bring code.
+        """
+        kwargs |= {"weights_only": weights_only, "trust_remote_code": trust_remote_code}
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
