@@ -252,7 +252,7 @@ class CausalLMModule(L.LightningModule):
             num_terms: How many tokens or pairs it sums over.
             extras: Further scalars that :meth:`on_step_totals` is given the sums of.
         """
-        terms = loss_sum.new_tensor(float(num_terms))
+        terms = loss_sum.new_full((), float(num_terms))
         sums = torch.stack([value.detach().float() for value in (loss_sum, terms, *extras)])
         self._window = sums if self._window is None else self._window + sums
 

@@ -61,7 +61,7 @@ class MeanDifference(Metric):
     def update(self, these: Tensor, those: Tensor) -> None:
         """Add (A,) and (B,) values."""
         for state, values in ((self.minuend, these), (self.subtrahend, those)):
-            state += torch.stack([values.sum(), values.new_tensor(float(len(values)))])
+            state += torch.stack([values.sum(), values.new_full((), float(len(values)))])
 
     @override
     def compute(self) -> Tensor:

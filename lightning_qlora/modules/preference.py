@@ -219,7 +219,7 @@ class PreferenceModule(CausalLMModule):
             self._check_start(batch, reference_K)
         answers = _answers(batch, self.log_probs(batch), reference_K if self.loss.needs_reference else None)
         chosen, rejected, _ = answers
-        terms = self.loss(chosen, rejected, self._kl.to(self.device))
+        terms = self.loss(chosen, rejected, self._kl.to(self.device) if self.loss.needs_kl else None)
         metrics: Any = self.metrics[f"{stage}_"]
         metrics.add_batch(terms, *answers)
         for name, metric in metrics.items():
@@ -235,7 +235,7 @@ class PreferenceModule(CausalLMModule):
             loss_sum = loss_sum - self._nll_scale * chosen.policy.sum()
         extras: tuple[Tensor, ...] = ()
         if self.loss.needs_kl:
-            count = loss_sum.new_tensor(float(len(mismatched.policy)))
+            count = loss_sum.new_full((), float(len(mismatched.policy)))
             extras = mismatched.log_ratio.detach().sum(), count
         self.count_terms(loss_sum, terms.num_terms, *extras)
         return loss_sum
