@@ -7,12 +7,14 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_qlora.loop_state import logger_step, set_logger_step
 from lightning_qlora.random_state import RandomState, capture_random_state, restore_random_state
 from lightning_qlora.ranks import gather_objects
 
 __all__ = ["OptimizerBoundary"]
 
 _RANDOM_STATES = "random_states"
+_LOGGER_STEP = "logger_step"
 
 
 class OptimizerBoundary:
@@ -33,6 +35,7 @@ class OptimizerBoundary:
         """The epoch of the last batch, counted from 0."""
         self._step = 0
         self._loops: dict[str, Any] | None = None
+        self._logger_step: int | None = None
         self._random_state: RandomState | None = None
         self._is_resumed = False
 
@@ -46,9 +49,11 @@ class OptimizerBoundary:
         self.in_batch = self.mid_window = False
         self._step = trainer.global_step
 
-    def begin_batch(self, batch_idx: int) -> None:
+    def begin_batch(self, trainer: L.Trainer, batch_idx: int) -> None:
         """Put the random generators where the last batch left them, if an epoch begins or training is resumed."""
         self.in_batch = True
+        if self._is_resumed and self._logger_step is not None:
+            set_logger_step(trainer, self._logger_step)
         if self._is_resumed or batch_idx == 0:
             self.restore_random_state()
         self._is_resumed = False
@@ -62,6 +67,7 @@ class OptimizerBoundary:
         self._step = trainer.global_step
         if not self.mid_window:
             self._loops = trainer.fit_loop.state_dict()
+            self._logger_step = logger_step(trainer) + 1  # Lightning counts the step after this hook
         return not self.mid_window
 
     def restore_random_state(self) -> None:
@@ -77,9 +83,11 @@ class OptimizerBoundary:
         if self._loops is not None:
             # Resumed from the loops of an epoch's end under max_steps, Lightning would leave out the next epoch.
             checkpoint["loops"] = {**checkpoint["loops"], "fit_loop": self._loops}
+            checkpoint[_LOGGER_STEP] = self._logger_step
 
     def load(self, checkpoint: dict[str, Any], trainer: L.Trainer) -> None:
         """Take the boundary's state from Lightning's checkpoint; it takes effect at the first batch."""
+        self._logger_step = checkpoint.get(_LOGGER_STEP)
         states = checkpoint.get(_RANDOM_STATES, [])
         if states and len(states) != trainer.world_size:
             rank_zero_warn(

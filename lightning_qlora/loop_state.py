@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import lightning as L
 
-__all__ = ["BatchCounts", "count_batches", "repair_loops"]
+__all__ = ["BatchCounts", "count_batches", "logger_step", "repair_loops", "set_logger_step"]
 
 
 class BatchCounts(NamedTuple):
@@ -39,6 +39,20 @@ def count_batches(trainer: L.Trainer) -> BatchCounts:
     current = progress.current
     finished = progress.is_last_batch and current.processed == current.ready > 0
     return BatchCounts(current.ready, current.processed, progress.total.processed, finished)
+
+
+def logger_step(trainer: L.Trainer) -> int:
+    """Return the number of batches that ended an optimizer step, by which loggers count; it grows after their hooks."""
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def set_logger_step(trainer: L.Trainer, step: int) -> None:
+    """Correct what loggers count by.
+
+    Lightning 2.6 counts one too many when it resumes at the start of an epoch, under ``max_steps`` and with validation:
+    it passes through the loop once without a batch, and counts that.
+    """
+    trainer.fit_loop.epoch_loop._batches_that_stepped = step
 
 
 def repair_loops(checkpoint: dict[str, Any]) -> None:

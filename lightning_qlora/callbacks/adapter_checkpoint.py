@@ -241,7 +241,7 @@ class AdapterCheckpoint(ModelCheckpoint):
     ) -> None:
         if trainer.world_size == 1 and self._publisher.has_finished:
             self._settle(trainer)  # several ranks would have to talk to one another before each batch
-        self._boundary.begin_batch(batch_idx)
+        self._boundary.begin_batch(trainer, batch_idx)
 
     @override
     def on_train_batch_end(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import tiny_tokenizer
 from tiny_models import save_tiny_model
-from tiny_run import Record, assert_equal, final_state, tiny_module, tiny_trainer
+from tiny_run import Record, TinyData, assert_equal, final_state, tiny_module, tiny_trainer
 
 from lightning_qlora.callbacks import AdapterCheckpoint
 from lightning_qlora.data import PreferenceDataModule, SFTDataModule
@@ -114,6 +114,39 @@ def test_resumes_bit_exactly(task, tmp_path, case):
     published = LocalStore(tmp_path / "calm").published()
     assert len(published) >= 2
     check(task, calm, tmp_path / "resumed", published[len(published) // 2], **options)
+
+
+class LoggerSteps(L.Callback):
+    """What loggers count by, at the end of each batch of the run."""
+
+    def __init__(self):
+        self.seen = {}
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, index):
+        loop = trainer.fit_loop.epoch_loop
+        self.seen[loop.batch_progress.total.ready] = loop._batches_that_stepped
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(
+    "options",
+    [{"max_epochs": 3}, {"max_epochs": -1, "max_steps": 6}, {"max_epochs": 3, "max_steps": 6, "val_check_interval": 2}],
+    ids=str,
+)
+def test_loggers_go_on_counting(task, tmp_path, options, accumulate):
+    def run(root, **more):
+        steps = LoggerSteps()
+        publish = AdapterCheckpoint(root, every_n_train_steps=1, save_top_k=-1)
+        trainer = tiny_trainer(root, steps, publish, **options, accumulate_grad_batches=accumulate)
+        trainer.fit(tiny_module(str(task / "base")), datamodule=TinyData(4), **more)
+        return steps.seen
+
+    calm = run(tmp_path / "calm")
+    published = LocalStore(tmp_path / "calm").published()
+    assert len(published) >= 6
+    for item in published:
+        resumed = run(tmp_path / item.name, ckpt_path=item.path)
+        assert resumed == {batch: calm[batch] for batch in resumed}, item.name
 
 
 @pytest.mark.soak
