@@ -38,6 +38,7 @@ from lightning_qlora.model import (
 from lightning_qlora.modules.forward import SupervisedForward
 from lightning_qlora.modules.lr_schedulers import WarmupCosine
 from lightning_qlora.schema import ChatDataModule, PromptBatch, SFTBatch
+from lightning_qlora.strategies import build_sharded, check_is_sharded, check_strategy, shard
 
 __all__ = ["CausalLMModule"]
 
@@ -142,28 +143,40 @@ class CausalLMModule(L.LightningModule):
     @override
     def setup(self, stage: str) -> None:
         _check_precision(self.trainer)
+        check_strategy(self.trainer.strategy)
         read_checkpoints_without_pickle(self.trainer)
 
     @override
     def configure_model(self) -> None:
         if self.model is not None:  # Lightning calls this hook again for each stage
             return
-        base = load_base_model(
+        strategy = self._trainer.strategy if self._trainer is not None else None
+        with build_sharded(strategy):
+            self._build(self.load_base(strategy.root_device if strategy is not None else None))
+            assert self.model is not None
+            shard(strategy, self.model)
+
+    def load_base(self, device: torch.device | None) -> PreTrainedModel:
+        """Load the frozen base onto a device; ``None`` for the current one."""
+        return load_base_model(
             self.model_name,
             revision=self.revision,
             quantization=self.quantization,
             dtype=self.base_dtype,
-            device=self._trainer.strategy.root_device if self._trainer is not None else None,
+            device=device,
             attn_implementation=self.attn_implementation,
             trust_remote_code=self.trust_remote_code,
             model_kwargs=self.model_kwargs,
         )
+
+    def _build(self, base: PreTrainedModel) -> None:
+        """Put adapters on the base, and whatever else a model is before a strategy wraps it."""
         if self.attn_implementation is None:
             self.isolates_documents = use_document_attention(base)
         if not self.isolates_documents:
             rank_zero_info(
-                f"{type(base).__name__} keeps packed documents apart by the dense mask of its own attention, whose "
-                "size grows with the square of the batch's tokens."
+                f"{type(base).__name__} runs on its own attention; where that builds a dense mask to keep packed "
+                "documents apart, its size grows with the square of the batch's tokens."
             )
         data = self._chat_data()
         if self.adapter is not None:
@@ -227,7 +240,9 @@ class CausalLMModule(L.LightningModule):
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        trained = [p for p in self.parameters() if p.requires_grad]
+        check_is_sharded(self.trainer.strategy, trained)
+        optimizer = self.optimizer(trained)
         if self.lr is not None:
             for group in optimizer.param_groups:
                 group["lr"] = self.lr
@@ -278,7 +293,7 @@ class CausalLMModule(L.LightningModule):
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / num_terms
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if gradients:
-            torch._foreach_mul_(gradients, scale)
+            torch._foreach_mul_(gradients, scale.to(gradients[0].device))  # on the host where a strategy offloads them
             self.log("gradient_norm", _full(get_total_norm(gradients)))
         # On the host: Lightning would copy a Python number to the GPU and wait for it.
         self.log("learning_rate", torch.tensor(float(optimizer.param_groups[0]["lr"])))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -48,6 +48,7 @@ class SupervisedForward:
         base = base_model(model)
         head = Head(base.get_output_embeddings(), getattr(base.config, "final_logit_softcapping", None))
         self.head: Head | None = head if _head_is_plain(base, head) else None
+        self.keeps_documents_apart = self._keeps_documents_apart()
 
     def __call__(self, batch: SFTBatch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Return (N, D) hidden states and the head that maps (n, D) to (n, V) logits.
@@ -56,7 +57,8 @@ class SupervisedForward:
         """
         inputs, positions_N = self._inputs(batch), batch["target_positions"]
         if self.head is not None:
-            hidden_BLD = base_model(self.model).get_decoder()(**inputs, use_cache=False).last_hidden_state
+            base = base_model(self.model)
+            hidden_BLD = _call_through(base, base.get_decoder(), **inputs, use_cache=False).last_hidden_state
             return hidden_BLD.flatten(0, 1)[positions_N], self.head
         logits_BLV = self.model(**inputs, use_cache=False).logits
         return logits_BLV.flatten(0, 1)[positions_N], nn.Identity()
@@ -64,16 +66,62 @@ class SupervisedForward:
     def _inputs(self, batch: SFTBatch) -> dict[str, Any]:
         inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
         if batch["attention_mask"] is not None:
-            inputs["attention_mask"] = batch["attention_mask"]
-        elif self.isolates_documents:
-            shared: Any = batch.get("shared_prompts")  # of a PreferenceBatch
-            inputs.update(packed_attention_arguments(batch["input_ids"], batch["document_lengths"], shared))
-        elif batch.get("shared_prompts") is not None:
+            return inputs | {"attention_mask": batch["attention_mask"]}
+        name, shared = type(base_model(self.model)).__name__, cast(Any, batch.get("shared_prompts"))
+        if len(batch["document_lengths"]) > 1 and not self.keeps_documents_apart:
             raise MisconfigurationException(
-                f"{type(base_model(self.model)).__name__} runs on an attention of its own, to which answers that share "
-                "a prompt would be one text. Write --data.share_prompts=false, or leave attn_implementation out."
+                f"In {name} packed documents would read one another: its layers carry more than attention from token "
+                "to token, or the attention_implementation ignores where documents begin. Write --data.packing=false."
+            )
+        if self.isolates_documents:
+            return inputs | packed_attention_arguments(batch["input_ids"], batch["document_lengths"], shared)
+        if shared is not None:
+            raise MisconfigurationException(
+                f"{name} runs on an attention of its own, to which answers that share a prompt would be one text. "
+                "Write --data.share_prompts=false, or leave attn_implementation out."
             )
         return inputs
+
+    @torch.no_grad()
+    def _keeps_documents_apart(self) -> bool:
+        """Whether a document comes out the same behind another one as alone.
+
+        Attention does that by the lengths or the positions it is given; recurrent and convolutional layers (Mamba,
+        LFM2, ...) go on over the border. Two documents of two tokens tell, for any family there will be.
+        """
+        base: Any = base_model(self.model)
+        if base._is_stateful:
+            return False
+        ids_BL = torch.tensor([[0, 1, 1, 0]], device=base.get_output_embeddings().weight.device)
+        position_BL = torch.tensor([[0, 1, 0, 1]], device=ids_BL.device)
+        inputs: dict[str, Any] = {"input_ids": ids_BL, "position_ids": position_BL}
+        if self.isolates_documents:
+            inputs |= packed_attention_arguments(ids_BL, (2, 2))
+        training = base.training
+        base.eval()
+        try:
+            behind = base(**inputs, use_cache=False).logits[0, 2:].float()
+            alone = base(input_ids=ids_BL[:, 2:], position_ids=position_BL[:, 2:], use_cache=False).logits[0].float()
+        finally:
+            base.train(training)
+        tolerance = 1e-4 if base.dtype.itemsize >= 4 else 3e-2
+        return bool((behind - alone).norm() <= tolerance * alone.norm())
+
+
+def _call_through(outer: nn.Module, inner: Callable[..., Any], **inputs: Any) -> Any:
+    """Call a part of a module in place of its forward, so that the hooks of the whole run around it.
+
+    A strategy that shards the model gathers in such hooks what lies outside of its layers: embedding, norm and head.
+    """
+    before = vars(outer).get("forward")  # some libraries put one on the instance
+    outer.forward = inner  # type: ignore[method-assign,assignment]
+    try:
+        return outer(**inputs)
+    finally:
+        if before is None:
+            del outer.forward
+        else:
+            outer.forward = before  # type: ignore[method-assign]
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@ import math
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import LoraConfig
 from tiny_models import FAMILIES, pack_batch, random_batch, save_tiny_model
 from torch.utils.data import DataLoader
@@ -50,8 +51,18 @@ def test_packed_equals_padded_equals_transformers_own_loss(family, tmp_path):
 def test_families_that_scale_their_logits_do_not_take_the_plain_head(tmp_path):
     granite = build(save_tiny_model(tmp_path / "granite", "granite", logits_scaling=4.0))
     llama = build(save_tiny_model(tmp_path / "llama", "llama"))
+    assert granite._supervised_forward.keeps_documents_apart
     assert not granite._supervised_forward.head
     assert llama._supervised_forward.head
+
+
+def test_families_whose_layers_carry_one_document_into_the_next_refuse_to_pack(tmp_path):
+    module = build(save_tiny_model(tmp_path, "lfm2", layer_types=["conv", "full_attention"]))
+    assert not module._supervised_forward.keeps_documents_apart
+    with pytest.raises(MisconfigurationException, match="--data.packing=false"):
+        module.token_loss(random_batch((6, 4)))
+    for batch in (random_batch((6,)), random_batch((6, 4), packed=False)):
+        assert module.token_loss(batch).loss_sum.isfinite()
 
 
 def test_an_all_masked_batch_contributes_exactly_zero(tmp_path):
