@@ -219,6 +219,14 @@ class RunGuard(Callback):
         self._batch = batch
 
     @override
+    def on_test_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *_: Any) -> None:
+        self._batch = batch
+
+    @override
+    def on_predict_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *_: Any) -> None:
+        self._batch = batch
+
+    @override
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         self._window.append((self._batch, loss.detach()))
 
@@ -307,7 +315,7 @@ class RunGuard(Callback):
 
     @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, torch.OutOfMemoryError):
+        if isinstance(exception, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(exception):
             note = _out_of_memory_note(trainer, self._batch)
             exception.add_note(note)
             log.error(note)
@@ -425,8 +433,7 @@ def _on_host(batch: Any) -> Any:
 
 
 def _out_of_memory_note(trainer: L.Trainer, batch: Any) -> str:
-    stage = "validation" if trainer.validating else "training"
-    lines = [f"Out of memory in {stage} at step {trainer.global_step}: {_batch_size(batch)}."]
+    lines = [f"Out of memory in {_stage(trainer)} at step {trainer.global_step}: {_batch_size(batch)}."]
     device = trainer.strategy.root_device
     if device.type == "cuda":
         gib = 1024.0**3
@@ -437,13 +444,21 @@ def _out_of_memory_note(trainer: L.Trainer, batch: Any) -> str:
             f"  peak      {torch.cuda.max_memory_allocated(device) / gib:8.2f} GiB",
             f"  free      {free / gib:8.2f} GiB of {total / gib:.2f} GiB on {device}",
         ]
+    if not trainer.training:
+        lines.append("What helps: fewer tokens per batch (data.tokens_per_batch, data.max_length or data.batch_size).")
+        return "\n".join(lines)
     lines.append(
-        "Nothing was updated and the last checkpoint is as it was. What helps, in this order: "
+        "This step is in no checkpoint, and the last checkpoint is as it was. What helps, in this order: "
         "model.activation_checkpointing: full; fewer tokens per batch (data.tokens_per_batch, data.max_length or "
         "data.batch_size) with trainer.accumulate_grad_batches raised to match, which computes the same update; a "
         "smaller lora.r. If reserved lies far above allocated, set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True."
     )
     return "\n".join(lines)
+
+
+def _stage(trainer: L.Trainer) -> str:
+    stages = {"training": trainer.training, "testing": trainer.testing, "prediction": trainer.predicting}
+    return next((name for name, is_on in stages.items() if is_on), "validation")
 
 
 def _batch_size(batch: Any) -> str:

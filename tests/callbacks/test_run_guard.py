@@ -12,7 +12,7 @@ from tiny_models import save_tiny_model
 from tiny_run import Record, TinyData, assert_equal, final_state, tiny_module, tiny_trainer
 
 from lightning_qlora.callbacks import AdapterCheckpoint, RunGuard
-from lightning_qlora.callbacks.run_guard import NonFiniteError
+from lightning_qlora.callbacks.run_guard import NonFiniteError, _out_of_memory_note
 from lightning_qlora.modules.sft import SFTModule
 from lightning_qlora.publishing import LocalStore
 
@@ -387,18 +387,40 @@ def test_no_threshold_no_warning(base, tmp_path, recwarn):
 # Memory
 
 
-@pytest.mark.parametrize("place", ["training_step", "backward", "optimizer_step", "validation_step"])
-def test_out_of_memory_says_what_did_not_fit(base, tmp_path, place, caplog):
+PLACES = {"training_step": 3, "backward": 3, "optimizer_step": 3, "validation_step": 1}
+
+
+def hungry(base, place, error=None, at=None):
+    """A module that runs out of memory at the n-th call of a hook."""
     calls = []
 
     def fail(self, *args, **kwargs):
         calls.append(1)
-        if len(calls) == 3 or place == "validation_step":
-            raise torch.OutOfMemoryError("CUDA out of memory.")
+        if len(calls) == (at or PLACES.get(place, 1)):
+            raise error or torch.OutOfMemoryError("CUDA out of memory.")
         return getattr(SFTModule, place)(self, *args, **kwargs)
 
     module = tiny_module(base)
     module.__class__ = type("Hungry", (SFTModule,), {place: fail})
+    return module
+
+
+class Sizes(L.Callback):
+    """How many tokens the batches have, and the weights after each step."""
+
+    def __init__(self):
+        self.batches, self.weights = [], {}
+
+    def on_train_batch_start(self, trainer, module, batch, index):
+        self.batches.append(batch["input_ids"].shape)
+
+    def on_train_batch_end(self, trainer, module, *args):
+        self.weights[trainer.global_step] = weights(module)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_out_of_memory_says_what_did_not_fit(base, tmp_path, place, caplog):
+    module = hungry(base, place)
     with caplog.at_level(logging.ERROR), pytest.raises(torch.OutOfMemoryError) as raised:
         fit(base, tmp_path, RunGuard(), checkpoint(tmp_path, every_n_train_steps=1), module=module)
     note = "".join(raised.value.__notes__)
@@ -408,6 +430,61 @@ def test_out_of_memory_says_what_did_not_fit(base, tmp_path, place, caplog):
     assert note in caplog.text
     expected = 6 if place == "validation_step" else 2
     assert LocalStore(tmp_path / "checkpoints").newest_valid().metadata["step"] == expected
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("place", ["training_step", "backward", "optimizer_step"])
+def test_out_of_memory_leaves_no_partial_update_and_the_batches_as_they_were(base, tmp_path, place, accumulate):
+    options = {"accumulate_grad_batches": accumulate, "max_epochs": 2}
+    whole = Sizes()
+    fit(base, tmp_path / "calm", whole, checkpoint(tmp_path / "calm"), **options)
+    module, sizes = hungry(base, place, at=4), Sizes()
+    publish = checkpoint(tmp_path, every_n_train_steps=1, save_on_exception=True)
+    with pytest.raises(torch.OutOfMemoryError):
+        fit(base, tmp_path, sizes, RunGuard(), publish, module=module, **options)
+    assert_equal(weights(module), whole.weights[max(sizes.weights)])
+    resumed = Sizes()
+    trainer, _, _ = fit(base, tmp_path, resumed, RunGuard(), publish, ckpt_path="last", seed=5, **options)
+    assert resumed.batches == whole.batches[-len(resumed.batches) :]
+    assert_equal(weights(trainer.lightning_module), whole.weights[max(whole.weights)])
+
+
+@pytest.mark.parametrize(("stage", "place"), [("test", "test_step"), ("predict", "predict_step")])
+def test_out_of_memory_in_other_stages(base, tmp_path, stage, place):
+    class Data(TinyData):
+        test_dataloader = predict_dataloader = TinyData.val_dataloader
+
+    module = hungry(base, place)
+    with pytest.raises(torch.OutOfMemoryError) as raised:
+        getattr(tiny_trainer(tmp_path, RunGuard()), stage)(module, datamodule=Data())
+    note = "".join(raised.value.__notes__)
+    assert f"Out of memory in {stage[:4]}" in note
+    assert "tokens, 2 documents" in note
+    assert "checkpoint" not in note
+
+
+def test_out_of_memory_of_a_cpu(base, tmp_path):
+    error = RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory")
+    with pytest.raises(RuntimeError) as raised:
+        fit(base, tmp_path, RunGuard(), checkpoint(tmp_path), module=hungry(base, "backward", error))
+    assert "Out of memory in training at step 2" in "".join(raised.value.__notes__)
+
+
+def test_out_of_memory_of_a_gpu_shows_its_memory(base, tmp_path, monkeypatch):
+    trainer, _, _ = fit(base, tmp_path, max_steps=1)
+    figures = {"memory_allocated": 3, "memory_reserved": 5, "max_memory_allocated": 4}
+    for name, gib in figures.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, gib=gib: gib * 2**30)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**29, 8 * 2**30))
+    monkeypatch.setattr(type(trainer.strategy), "root_device", torch.device("cuda:0"))
+    table = _out_of_memory_note(trainer, {"input_ids": torch.zeros(2, 7)})
+    for words in (
+        "2 x 7 = 14 tokens",
+        "allocated     3.00 GiB",
+        "reserved      5.00",
+        "free          0.50 GiB of 8.00",
+    ):
+        assert words in table
 
 
 # Options
