@@ -14,6 +14,7 @@ STAGES: tuple[frozenset[str], ...] = (
     frozenset({"pretrained", "identity", "checkpoint_io", "boundary"}),
     frozenset({"data", "model", "run_record"}),
     frozenset({"memory"}),
+    frozenset({"strategies"}),
     frozenset({"modules"}),
     frozenset({"evaluation"}),
     frozenset({"callbacks"}),

@@ -152,9 +152,7 @@ class CausalLMModule(L.LightningModule):
             return
         strategy = self._trainer.strategy if self._trainer is not None else None
         with build_sharded(strategy):
-            self._build(self.load_base(strategy.root_device if strategy is not None else None))
-            assert self.model is not None
-            shard(strategy, self.model)
+            shard(strategy, self._build(self.load_base(strategy.root_device if strategy is not None else None)))
 
     def load_base(self, device: torch.device | None) -> PreTrainedModel:
         """Load the frozen base onto a device; ``None`` for the current one."""
@@ -169,7 +167,7 @@ class CausalLMModule(L.LightningModule):
             model_kwargs=self.model_kwargs,
         )
 
-    def _build(self, base: PreTrainedModel) -> None:
+    def _build(self, base: PreTrainedModel) -> PeftModel:
         """Put adapters on the base, and whatever else a model is before a strategy wraps it."""
         if self.attn_implementation is None:
             self.isolates_documents = use_document_attention(base)
@@ -192,6 +190,7 @@ class CausalLMModule(L.LightningModule):
         self._adapter_keys = frozenset(name for name, p in self.named_parameters() if p.requires_grad)
         self._supervised_forward = SupervisedForward(self.model, self.isolates_documents)
         self.on_model_built()
+        return self.model
 
     def on_model_built(self) -> None:
         """Hook for subclasses: ``self.model`` has just been built and is not wrapped yet."""

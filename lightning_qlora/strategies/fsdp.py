@@ -1,0 +1,148 @@
+"""Sharding of a 4-bit base by FSDP2, for models that one device does not hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from peft import PeftModel
+from torch.distributed.constants import default_pg_timeout
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from typing_extensions import override
+
+from lightning_qlora.memory.layers import decoder_layers
+from lightning_qlora.model import base_model
+from lightning_qlora.random_state import capture_random_state, restore_random_state
+
+__all__ = ["FSDP2Strategy"]
+
+
+class FSDP2Strategy(ModelParallelStrategy):
+    """FSDP2: each rank holds its part of every decoder layer, and gathers one layer at a time.
+
+    The bytes of 4-bit weights are cut up as they are stored; their constants (an eighth of a bit a weight with double
+    quantisation) stay whole on each rank. Embedding, head and whatever else lies outside the layers are cut up too, and
+    gathered for the length of a step. Adapters, gradients and optimizer state are sharded with their layers. Dtypes are
+    left as they are, so that a step computes what it computes under DDP; ``bf16-mixed`` works as everywhere.
+
+    Checkpoints hold adapters and their optimizer state. Gathered into one file, the default, they resume on any number
+    of devices, with this strategy or another. The base is never gathered.
+
+    Each rank first builds the whole model on its own device, whose memory must hold the 4-bit base for that moment; the
+    files are read through the page cache, which the ranks of a host share.
+
+    Args:
+        cpu_offload: Keep the parts, their gradients and the optimizer state in host memory.
+        load_in_turn: Let the ranks of a host build the model one after another instead of at once. On a CPU, where host
+            and device are one, a single copy of the base is then whole at any time.
+        save_distributed_checkpoint: One file a rank instead of one; those resume under this strategy only.
+        process_group_backend: Of torch.distributed; null chooses by device.
+        timeout: Of torch.distributed's operations.
+    """
+
+    def __init__(
+        self,
+        *,
+        cpu_offload: bool = False,
+        load_in_turn: bool = False,
+        save_distributed_checkpoint: bool = False,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+    ) -> None:
+        super().__init__(
+            save_distributed_checkpoint=save_distributed_checkpoint,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+        )
+        self.cpu_offload = cpu_offload
+        self.load_in_turn = load_in_turn
+        self._sharded: PeftModel | None = None
+
+    @override
+    def setup_environment(self) -> None:
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        self._tensor_parallel_size = 1
+        super().setup_environment()
+
+    @override
+    def _get_process_group_backend(self) -> str:
+        # Offloaded gradients are clipped on the host, over the ranks.
+        offloads_from_gpu = self.cpu_offload and self.root_device.type == "cuda"
+        chosen = self._process_group_backend or ("cpu:gloo,cuda:nccl" if offloads_from_gpu else None)
+        return chosen or super()._get_process_group_backend()
+
+    # ShardsModel
+
+    @contextmanager
+    def building(self) -> Iterator[None]:
+        """Give every rank rank 0's random state, so that each holds a part of the same adapters."""
+        own = capture_random_state()
+        first = self.broadcast(own)
+        restore_random_state(first)
+        turns = self.num_processes if self.load_in_turn else 1
+        turn = self.local_rank if self.load_in_turn else 0
+        for _ in range(turn):
+            self.barrier()
+        try:
+            yield
+        finally:  # also where building failed, so that the others are not left waiting for their turn
+            for _ in range(turns - turn):
+                self.barrier()
+        if not torch.equal(own["torch"], first["torch"]):  # seeded rank by rank, for dropout of its own
+            restore_random_state(own)
+
+    def shard(self, model: PeftModel) -> None:
+        """Cut up each decoder layer, then the rest; what is called from outside is the transformers model."""
+        mesh = self.device_mesh["data_parallel"]
+        offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if self.cpu_offload else OffloadPolicy()
+        for layer in decoder_layers(model):
+            fully_shard(layer, mesh=mesh, offload_policy=offload)
+        # Not the PeftModel: generate() calls the model inside it, and hooks would not run. The rest stays gathered
+        # until the backward pass is done, since the loss calls the head after the forward pass is.
+        fully_shard(base_model(model), mesh=mesh, reshard_after_forward=False, offload_policy=offload)
+        self._sharded = model
+
+    @override
+    def setup(self, trainer: L.Trainer) -> None:
+        super().setup(trainer)
+        if self._sharded is not None:
+            self._gather_once(self._sharded)
+
+    @torch.no_grad()
+    def _gather_once(self, model: PeftModel) -> None:
+        """Run two tokens through the model.
+
+        FSDP2 makes the gathered parameters when they are first needed, for good, and trainable if they are so at that
+        moment. A preference module's first pass is that of its reference, with adapters switched off.
+        """
+        base: Any = base_model(model)
+        training = [module for module in model.modules() if module.training]
+        model.eval()
+        base(input_ids=torch.tensor([[0, 1]], device=self.root_device), use_cache=False)
+        assert isinstance(base, FSDPModule)
+        base.reshard()
+        for module in training:
+            module.training = True
+
+    @override
+    def model_to_device(self) -> None:
+        if not self.cpu_offload:
+            super().model_to_device()
+            return
+        module: Any = self.lightning_module
+        if module.model is not self._sharded:
+            raise MisconfigurationException("cpu_offload needs a module that keeps its model as CausalLMModule does.")
+        model, module.model = module.model, None  # metrics and the module itself go to the device, the parts do not
+        module.to(self.root_device)
+        module.model = model
+
+
+StrategyRegistry.register(
+    "fsdp_qlora", FSDP2Strategy, "FSDP2: a 4-bit base in parts, one on each device", override=True
+)
