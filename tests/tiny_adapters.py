@@ -15,13 +15,18 @@ from lightning_qlora.publishing import MANIFEST_NAME
 from lightning_qlora.publishing.manifest import dump_manifest, hash_stream
 
 
-def write_adapter(folder: Path, base: str, tokenizer=None, seed: int = 0, quantization="nf4", stop=(), manifest=False):
-    """Write an adapter of random weights, different for each seed; with a manifest it has an identity."""
+def write_adapter(
+    folder: Path, base: str, tokenizer=None, seed: int = 0, quantization="nf4", stop=(), manifest=False, **lora
+):
+    """Write an adapter of random weights, different for each seed; with a manifest it has an identity.
+
+    ``lora`` are further options of ``LoraConfig``.
+    """
     torch.manual_seed(seed)
     model = load_base_model(base, quantization=quantization)
-    model = attach_adapters(model, LoraConfig(r=4, target_modules="all-linear"))
+    model = attach_adapters(model, LoraConfig(**{"r": 4, "target_modules": "all-linear", **lora}))
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:
+        if "lora_B" in name or "modules_to_save" in name or "trainable_tokens_delta" in name:
             torch.nn.init.normal_(parameter, std=0.5)
     save_adapter(model, folder)
     if tokenizer is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -36,6 +35,7 @@ from lightning_qlora.evaluation import (
     read_questions,
     summarise,
 )
+from lightning_qlora.evaluation.files import write_whole
 from lightning_qlora.evaluation.tables import (
     answer_rows,
     markdown_table,
@@ -337,16 +337,9 @@ def _write(
         lines.append(json.dumps(row, ensure_ascii=False))
     named = {sheet.name: summary for sheet, summary in zip((before, after), summaries, strict=True)}
     totals = {name: {k: _plain(v) for k, v in summary._asdict().items()} for name, summary in named.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path.with_suffix(".json"), json.dumps(totals, indent=2))
-    _replace(path, "\n".join(lines))
+    write_whole(path.with_suffix(".json"), json.dumps(totals, indent=2) + "\n")
+    write_whole(path, "\n".join(lines) + "\n")
 
 
 def _plain(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _replace(path: Path, text: str) -> None:
-    staging = path.with_name(f".{path.name}.partial")
-    staging.write_text(text + "\n", encoding="utf-8")
-    os.replace(staging, path)

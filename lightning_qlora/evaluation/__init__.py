@@ -1,8 +1,9 @@
 """Fixed questions, the answers that models give to them, and what those answers are worth.
 
 The order of work is :func:`read_questions`, then for each model :func:`answer_questions`, then :func:`summarise` for
-one sheet of answers or :func:`judge` for two. Scores are kept per question, so that whatever is computed from them
-later (rates by tag, intervals, paired tests) needs no model again.
+one sheet of answers or :func:`judge` for two; :func:`measure`, :func:`estimate` and :func:`difference` say how sure the
+scores are. They are kept per question, so that whatever is computed from them later (rates by tag, intervals, paired
+tests) needs no model again.
 """
 
 from lightning_qlora.evaluation.answers import (

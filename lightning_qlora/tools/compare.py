@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from lightning_qlora.evaluation import Question, read_questions, stop_tokens
+from lightning_qlora.evaluation.files import write_whole
 from lightning_qlora.tools.comparison import (
     Comparison,
     Decoding,
@@ -138,6 +138,8 @@ def compare(
     refuse_changed_base(folders)
     names = [BASE, *folders, *models]
     _check_names(names, baseline)
+    if len(names) == 1 and previous is None and (fail_on_regression or max_broken is not None):
+        raise ValueError("Nobody to hold the candidate against: give an adapter, or an earlier comparison by against.")
     base, revision = trained_base(list(folders.values()), base, revision)
     loading = {
         "revision": revision,
@@ -229,31 +231,23 @@ def _write_all(found: Comparison, output: str | None, failures: str | None, pair
     if output is not None:
         folder = Path(output).expanduser()
         record = json.dumps(to_record(found), ensure_ascii=False, indent=1) + "\n"
-        _replace(folder / "comparison.json", record)
-        _replace(folder / "comparison.html", render_page(found))
+        write_whole(folder / "comparison.json", record)
+        write_whole(folder / "comparison.html", render_page(found))
         yield f"All answers: {folder / 'comparison.html'}, {folder / 'comparison.json'}"
     if failures is not None:
         path = Path(failures).expanduser()
         ready, uncorrected = training_rows(found)
-        _replace(path, _as_lines(ready))
+        write_whole(path, _as_lines(ready))
         yield f"{len(ready)} failures to train on: {path}"
         if uncorrected:
             path = path.with_name(f"{path.stem}.uncorrected{path.suffix}")
-            _replace(path, _as_lines(uncorrected))
+            write_whole(path, _as_lines(uncorrected))
             yield f"{len(uncorrected)} failures to be corrected first (then remove their train: false): {path}"
     if pairs is not None:
         rows = preference_pairs(found)
-        _replace(Path(pairs).expanduser(), _as_lines(rows))
+        write_whole(Path(pairs).expanduser(), _as_lines(rows))
         yield f"{len(rows)} preference pairs: {pairs}"
 
 
 def _as_lines(rows: list[dict[str, Any]]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file as a whole, so that a reader never finds half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{path.name}.part")
-    staging.write_text(text, encoding="utf-8")
-    os.replace(staging, path)

@@ -24,6 +24,7 @@ from lightning_qlora.evaluation import (
     generate_answers,
     read_questions,
 )
+from lightning_qlora.evaluation.files import write_whole
 from lightning_qlora.evaluation.tables import printable
 from lightning_qlora.schema import Message, Origin
 from lightning_qlora.tools.loading import (
@@ -285,9 +286,5 @@ def _write_answers(questions: list[Question], answers: list[Answer], output: str
     if output is None:
         sys.stdout.writelines(lines)
         return
-    target = Path(output)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = target.with_name(f".{target.name}.part")
-    staging.write_text("".join(lines), encoding="utf-8")
-    staging.replace(target)
-    print(f"{len(lines)} answers written to {target}.", file=sys.stderr)
+    write_whole(Path(output), "".join(lines))
+    print(f"{len(lines)} answers written to {output}.", file=sys.stderr)

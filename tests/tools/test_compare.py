@@ -109,6 +109,27 @@ def test_asks_base_adapters_and_a_merged_model_under_the_same_conditions(
     assert str(tmp_path / "out" / "comparison.html") in printed
 
 
+def test_adapters_of_every_kind_take_turns_on_one_base(base, tokenizer, questions, tmp_path):
+    kinds = {
+        "plain": {"target_modules": ["q_proj", "v_proj"], "r": 2},
+        "dora": {"use_dora": True, "target_modules": ["q_proj", "down_proj"]},
+        "head": {"modules_to_save": ["lm_head"], "use_rslora": True},
+        "tokens": {"trainable_token_indices": [5, 6, 7]},
+    }
+    folders = {n: write_adapter(tmp_path / n, base, tokenizer, i, **lora) for i, (n, lora) in enumerate(kinds.items())}
+
+    compare(questions, folders, output=str(tmp_path / "out"), max_new_tokens=4)
+
+    record, asked, template = record_of(tmp_path / "out"), read_questions(questions), ChatTemplate(tokenizer)
+    for name in ("base", *folders):
+        alone = load_base_model(base)
+        alone = alone if name == "base" else load_adapter(alone, folders[name])
+        sheet = answer_questions(alone, template, asked, name=name, max_new_tokens=4)
+        assert texts(record, name) == [answer.text for answer in sheet.answers], name
+        losses = [question["answers"][name]["reference_nll"] for question in record["questions"]]
+        assert losses == pytest.approx([loss and loss.nll_sum for loss in sheet.reference_losses]), name
+
+
 def test_the_record_is_stable(adapters, questions, tmp_path):
     compare(questions, {"mine": adapters[0]}, output=str(tmp_path), max_new_tokens=4)
 
@@ -289,6 +310,8 @@ def test_from_the_command_line(adapters, questions, tmp_path, capsys):
         ({"merged": "missing"}, "is no model folder"),
         ({"baseline": "three"}, r"baseline is 'three'; allowed are \['base'\]"),
         ({}, "nothing to answer with"),
+        ({"base": "b", "max_broken": 0}, "Nobody to hold the candidate against"),
+        ({"base": "b", "fail_on_regression": True}, "Nobody to hold the candidate against"),
     ],
 )
 def test_refuses_what_cannot_work_before_anything_is_loaded(questions, options, message):

@@ -6,11 +6,11 @@ import json
 import re
 import shutil
 import subprocess
-from html.parser import HTMLParser
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from page_elements import Elements
 
 from lightning_qlora.evaluation import Answer, AnswerSheet, Question, ReferenceLoss, score_answer
 from lightning_qlora.schema import Message, Origin
@@ -196,29 +196,6 @@ def test_the_terminal_shows_no_control_characters():
     assert "\u202e" not in printed
     assert "11 of 11 questions" in printed
     assert "new against base: 10 as wrong as before, 0 right before and wrong now, 1 changed." in printed
-
-
-class Elements(HTMLParser):
-    """Collects what a browser would make of a page."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.tags, self.attributes, self.text, self._open = [], [], [], []
-        self.feed(page)
-        assert not self._open
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += [(tag, *attribute) for attribute in attrs]
-        if tag not in ("meta", "img", "input"):
-            self._open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self._open.pop() == tag
-
-    def handle_data(self, text):
-        if self._open and self._open[-1] not in ("script", "style"):
-            self.text.append(text)
 
 
 def hostile_page():

@@ -3,11 +3,11 @@
 import io
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import yaml
+from page_elements import Elements
 from tiny import tiny_tokenizer
 from tiny_models import tiny_config
 
@@ -47,28 +47,6 @@ def text_of(found, color="never", encoding="utf-8"):
     print_inspection(found, color=color, stream=stream)
     stream.flush()
     return stream.buffer.getvalue().decode(encoding)
-
-
-class Elements(HTMLParser):
-    """Collects what a browser would make of a page."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.tags, self.attributes, self.text, self._open = [], [], [], []
-        self.feed(page)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += [(tag, *attribute) for attribute in attrs]
-        if tag not in ("meta", "img", "input"):
-            self._open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self._open.pop() == tag
-
-    def handle_data(self, text):
-        if self._open and self._open[-1] not in ("script", "style"):
-            self.text.append(text)
 
 
 # The terminal
