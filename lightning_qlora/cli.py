@@ -14,9 +14,9 @@ from typing import Any, NoReturn
 import lightning as L
 import torch
 from docstring_parser import parse as parse_docstring
-from jsonargparse import set_parsing_settings
+from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.callbacks import Callback, ModelSummary
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -27,6 +27,7 @@ from lightning_qlora.callbacks import AdapterCheckpoint, PerformanceMonitor, Pre
 from lightning_qlora.model import compute_dtype
 from lightning_qlora.modules import CausalLMModule
 from lightning_qlora.modules.base import refuse_bitsandbytes_precision
+from lightning_qlora.redaction import scrub
 from lightning_qlora.tools import PLANNING_TOOLS, TOOLS
 from lightning_qlora.tools.inspection import planning_settings
 
@@ -60,6 +61,24 @@ class _ArgumentParser(LightningArgumentParser):
         self.exit(2, f"error: {message}\nAll options: {program} --help\n")
 
 
+class _SaveConfig(SaveConfigCallback):
+    """Writes the configuration of the run beside its logs, without the secrets in it."""
+
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, *args: Any, **kwargs: Any) -> None:
+        super().__init__(parser, _without_secrets(config), *args, **kwargs)
+
+
+def _without_secrets(value: Any, name: str = "") -> Any:
+    if isinstance(value, Namespace):
+        copy = Namespace()  # type: ignore[no-untyped-call]
+        for key, item in vars(value).items():
+            copy[key] = _without_secrets(item, key)
+        return copy
+    if isinstance(value, list):
+        return [_without_secrets(item, name) for item in value]
+    return scrub({name: value})[name]
+
+
 class QLoRACLI(LightningCLI):
     """LightningCLI for QLoRA: any LightningModule and LightningDataModule of the package, SFT by default.
 
@@ -75,6 +94,7 @@ class QLoRACLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,  # it would build the optimizer before configure_model made parameters
+            save_config_callback=_SaveConfig,
             save_config_kwargs={"overwrite": True},  # a requeued job comes back to the same folder
             seed_everything_default=0,
             parser_class=_ArgumentParser,

@@ -1,5 +1,12 @@
-import pytest
+import json
+import logging
+from pathlib import Path
 
+import pytest
+from tiny import tiny_tokenizer
+from tiny_models import save_tiny_model
+
+from lightning_qlora.cli import main
 from lightning_qlora.redaction import scrub
 
 
@@ -82,3 +89,37 @@ def test_values_of_the_environment():
 def test_shapes_and_numbers_stay():
     config = {"token": 5, "lr": 1e-4, "list": [1, {"password": None}], "empty": {"token": ""}}
     assert scrub(config, {}) == config
+
+
+@pytest.mark.filterwarnings("ignore:.*tensorboardX")
+@pytest.mark.parametrize("logger", ["CSVLogger", "TensorBoardLogger"])
+def test_a_run_writes_no_secret_anywhere(tmp_path, monkeypatch, capfd, caplog, logger):
+    """Secrets of the environment and of the configuration are in no file of the run, nor in what it prints."""
+    secrets = ("correct-horse-battery", "hf_abcdefghijklmnopqrstuvwx", "hunter2hunter2", "opensesame")
+    base = save_tiny_model(tmp_path / "base", tokenizer=tiny_tokenizer("chatml"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_API_KEY", secrets[0])
+    monkeypatch.setenv("LIGHTNING_QLORA_CACHE", str(tmp_path / "run" / "cache"))
+    Path("train.jsonl").write_text("".join(json.dumps({"prompt": "a", "completion": "b"}) + "\n" for _ in range(4)))
+    arguments = [
+        "fit",
+        f"--model.model_name={base}",
+        f"--model.model_kwargs={json.dumps({'token': secrets[1], 'proxies': {'password': secrets[3]}})}",
+        "--data.train=train.jsonl",
+        f"--data.template_kwargs={json.dumps({'note': f'see {secrets[0]} at https://me:{secrets[2]}@host/'})}",
+        f"--trainer.logger={logger}",
+        "--trainer.logger.save_dir=run",
+        "--trainer.max_steps=1",
+        "--trainer.log_every_n_steps=1",
+        "--trainer.accelerator=cpu",
+        "--trainer.default_root_dir=run",
+    ]
+    with caplog.at_level(logging.DEBUG):
+        assert main(arguments) == 0
+    files = [path for path in Path("run").rglob("*") if path.is_file()]
+    assert {"config.yaml", "hparams.yaml", "trainer.ckpt", "manifest.json"} <= {path.name for path in files}
+    told = "".join(capfd.readouterr()) + caplog.text
+    for secret in secrets:
+        assert secret not in told
+        assert [path for path in files if secret.encode() in path.read_bytes()] == []
+    assert "token: <secret>" in next(path for path in files if path.name == "config.yaml").read_text()

@@ -37,6 +37,7 @@ from lightning_qlora.model import (
 )
 from lightning_qlora.modules.forward import SupervisedForward
 from lightning_qlora.modules.lr_schedulers import WarmupCosine
+from lightning_qlora.redaction import scrub
 from lightning_qlora.schema import ChatDataModule, PromptBatch, SFTBatch
 from lightning_qlora.strategies import build_sharded, check_is_sharded, check_strategy, shard
 
@@ -137,6 +138,15 @@ class CausalLMModule(L.LightningModule):
         self._supervised_forward: SupervisedForward | None = None
         self._adapter_keys: frozenset[str] = frozenset()
         self._window: Tensor | None = None  # sums of the optimizer step under way: loss, terms, extras
+
+    @property
+    @override
+    def hparams_initial(self) -> Any:
+        """What loggers write down: the hyperparameters without their secrets."""
+        initial = super().hparams_initial
+        for name, value in scrub(dict(initial)).items():
+            initial[name] = value
+        return initial
 
     # Building
 
