@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -16,17 +16,19 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file, extract_commit_hash
 
+from lightning_qlora.kernels.checkpointing import MixedPlan, Plan, set_checkpointing
 from lightning_qlora.pretrained import resolve_pretrained
 
 __all__ = [
     "Quantization",
     "attach_adapters",
     "base_model",
+    "checkpointed_layers",
     "compute_dtype",
-    "enable_activation_checkpointing",
     "load_adapter",
     "load_base_model",
     "merge_adapter",
@@ -34,6 +36,7 @@ __all__ = [
     "read_adapter_base",
     "resolve_quantization",
     "save_adapter",
+    "set_activation_checkpointing",
     "untrained_token_ids",
 ]
 
@@ -278,17 +281,31 @@ def base_model(model: PeftModel) -> PreTrainedModel:
     return cast(PreTrainedModel, model.get_base_model())
 
 
-def enable_activation_checkpointing(model: PeftModel) -> None:
-    """Recompute each decoder layer's activations in the backward pass instead of keeping them.
+def set_activation_checkpointing(base: PreTrainedModel, plan: Plan | MixedPlan) -> None:
+    """Say what each decoder layer keeps for the backward pass, in place of what was said before.
 
-    Non-reentrant checkpointing finds the trainable parameters by itself, so that the frozen embedding's output need
-    not require a gradient.
+    Args:
+        base: The transformers model, with or without adapters in its layers.
+        plan: As in :mod:`lightning_qlora.kernels.checkpointing`.
+
+    Raises:
+        MisconfigurationException: If the family's layers cannot be checkpointed.
     """
-    base = base_model(model)
-    name = "activation_checkpointing_enable"  # its name from transformers 5.2x on; the older one warns there
-    enable: Callable[..., None] = getattr(base, name if hasattr(base, name) else "gradient_checkpointing_enable")
-    enable({"use_reentrant": False})
-    base.config.use_cache = False
+    layers = checkpointed_layers(base)
+    if layers:
+        set_checkpointing(layers, plan)
+    elif plan != "none":
+        raise MisconfigurationException(
+            f"{type(base).__name__} has no decoder layers of a kind that can be recomputed. Write "
+            "--model.activation_checkpointing=none."
+        )
+    if plan != "none":
+        base.config.use_cache = False
+
+
+def checkpointed_layers(base: PreTrainedModel) -> list[nn.Module]:
+    """Return the decoder layers whose activations can be recomputed, in the order they run."""
+    return [module for module in base.get_decoder().modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def untrained_token_ids(model: PreTrainedModel, token_ids: Iterable[int]) -> list[int]:

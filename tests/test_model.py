@@ -10,13 +10,14 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lightning_qlora.model import (
     attach_adapters,
-    enable_activation_checkpointing,
     load_adapter,
     load_base_model,
     merge_adapter,
     nf4,
+    read_adapter_base,
     resolve_quantization,
     save_adapter,
+    set_activation_checkpointing,
     untrained_token_ids,
 )
 
@@ -142,7 +143,7 @@ def test_activation_checkpointing_recomputes_and_changes_nothing(base):
         layer = model.get_base_model().model.layers[0]
         layer.mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         if checkpointing:
-            enable_activation_checkpointing(model)
+            set_activation_checkpointing(model.get_base_model(), "full")
         model(input_ids=batch["input_ids"], use_cache=False).logits.sum().backward()
         assert len(calls) == (2 if checkpointing else 1)
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])

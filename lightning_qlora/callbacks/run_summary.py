@@ -6,16 +6,14 @@ import math
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import ModelSummary
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
 from typing_extensions import override
 
 from lightning_qlora.accounting import Storage, count_storage
 from lightning_qlora.data.report import PreparationReport
-from lightning_qlora.memory import MemoryModel, OptimizerMemory, SimulationError, optimizer_memory, skeleton_of
+from lightning_qlora.memory import SimulationError, memory_of_run
 
 __all__ = ["RunSummary"]
 
@@ -152,27 +150,16 @@ def _describe_rows(report: PreparationReport) -> str:
 
 def _describe_memory(trainer: L.Trainer, pl_module: L.LightningModule, model: PeftModel, num_tokens: int) -> str:
     """Estimate the peak of a step without running one on the device."""
-    device = trainer.strategy.root_device.type
-    sharded = isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy)
-    optimizer, *others = [optimizer_memory(o, on_gpu=device == "cuda") for o in trainer.optimizers]
+    plan: Any = getattr(pl_module, "layer_plan", None) or "none"
     try:
-        memory = MemoryModel(
-            skeleton_of(model),
-            OptimizerMemory(*map(sum, zip(optimizer, *others, strict=True))),
-            device="cuda" if device == "cuda" else "cpu",
-            autocast={"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(trainer.precision)),
-            accumulates=trainer.accumulate_grad_batches > 1,
-            sharding="fsdp" if sharded else "ddp" if trainer.world_size > 1 else "none",
-            world_size=trainer.world_size,
-        )
-        estimate = memory.estimate(num_tokens, plan=getattr(pl_module, "activation_checkpointing", "none"))
+        estimate = memory_of_run(trainer, model, trainer.optimizers).estimate(num_tokens, plan=plan)
     except SimulationError as error:
         return f"not estimated. {error}"
     names = ("weights", "adapters", "gradients", "optimizer", "activations", "logits", "scratch")
     items = ", ".join(f"{name} {_size(getattr(estimate, name))}" for name in names)
     return (
         f"about {_size(estimate.peak)} at its peak ({_MOMENTS[estimate.moment]}) by estimate, the libraries themselves "
-        f"not counted: {items}"
+        f"not counted: {items}; activation checkpointing: {plan}"
     )
 
 

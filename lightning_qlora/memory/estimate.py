@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 import torch
 from peft import PeftModel
 
 from lightning_qlora.accounting import Storage, count_storage, stored_bytes
+from lightning_qlora.kernels.checkpointing import MixedPlan
 from lightning_qlora.memory.layers import decoder_layers, layer_kinds, only_layers
 from lightning_qlora.memory.optimizer import OptimizerMemory
 from lightning_qlora.memory.simulation import PLANS, Device, Plan, StepMemory, simulate_step
@@ -49,7 +50,7 @@ class MemoryEstimate:
         moment: When that is.
     """
 
-    plan: Plan
+    plan: Plan | MixedPlan
     num_tokens: int
     weights: int
     adapters: int
@@ -108,7 +109,7 @@ class MemoryModel:
         self,
         num_tokens: int,
         *,
-        plan: Plan = "none",
+        plan: Plan | MixedPlan = "none",
         document_length: int | None = None,
         num_supervised: int | None = None,
     ) -> MemoryEstimate:
@@ -126,12 +127,12 @@ class MemoryModel:
         """
         length = min(num_tokens, max(_LEAST_DOCUMENT, document_length or num_tokens))
         supervised = num_tokens if num_supervised is None else num_supervised
-        steps = self._step(num_tokens, length, supervised, "full" if plan == "offload" else plan)
-        step, host = steps.all_layers, 0
-        if plan == "offload":
-            # Each layer's input waits on the host; the one in use and the one on its way are on the device.
-            host = max(0, steps.per_layer * (steps.num_layers - 2))
-            step = StepMemory(*(nbytes - host for nbytes in step))
+        if isinstance(plan, MixedPlan):
+            lean, rich = (self._planned(num_tokens, length, supervised, each) for each in (plan.lean, plan.rich))
+            steps = lean.mix(rich, plan.num_lean)
+        else:
+            steps = self._planned(num_tokens, length, supervised, plan)
+        step = steps.all_layers
         held = self.weights + self.adapters + self.optimizer.state + self.buckets
         accumulated = self.gradients if self.accumulates else 0
         of_a_layer = max(accumulated, self.gradients // steps.num_layers)
@@ -154,23 +155,43 @@ class MemoryModel:
             activations=step.kept,
             logits=max(0, step.head - step.kept),
             scratch=max(0, step.backward - step.kept),
-            host=host,
+            host=steps.host,
             peak=held + moments[moment],
             moment=moment,
         )
 
     def fitting_plan(
-        self, num_tokens: int, budget: int, *, document_length: int | None = None
+        self,
+        num_tokens: int,
+        budget: int,
+        *,
+        plans: Sequence[Plan] = PLANS,
+        mixed: bool = False,
+        document_length: int | None = None,
     ) -> MemoryEstimate | None:
         """Return the fastest plan whose peak stays within a budget, or ``None``.
 
         Args:
             num_tokens: Tokens of one micro-batch.
             budget: In bytes.
+            plans: What there is to choose from, the fastest first.
+            mixed: Whether only as many layers as must follow the first plan that fits, and the others the one before.
             document_length: As for :meth:`estimate`.
         """
-        estimates = (self.estimate(num_tokens, plan=plan, document_length=document_length) for plan in PLANS)
-        return next((estimate for estimate in estimates if estimate.peak <= budget), None)
+
+        def estimate(plan: Plan | MixedPlan) -> MemoryEstimate:
+            return self.estimate(num_tokens, plan=plan, document_length=document_length)
+
+        fits = next((index for index, plan in enumerate(plans) if estimate(plan).peak <= budget), None)
+        if fits is None or fits == 0 or not mixed:
+            return None if fits is None else estimate(plans[fits])
+        num_layers = sum(map(len, self._kinds))
+        partial = (estimate(MixedPlan(plans[fits], count, plans[fits - 1])) for count in range(1, num_layers))
+        return next((found for found in partial if found.peak <= budget), None) or estimate(plans[fits])
+
+    def _planned(self, num_tokens: int, length: int, supervised: int, plan: Plan) -> _Steps:
+        steps = self._step(num_tokens, length, supervised, "full" if plan == "offload" else plan)
+        return steps.offloaded() if plan == "offload" else steps
 
     def _step(self, num_tokens: int, length: int, supervised: int, plan: Plan) -> _Steps:
         """Simulate a batch; many equal documents are extrapolated from fewer."""
@@ -218,6 +239,25 @@ class _Steps:
     all_layers: StepMemory
     per_layer: int
     num_layers: int
+    moved: int = 0  # bytes of a layer that wait on the host
+    host: int = 0
+
+    def offloaded(self) -> _Steps:
+        """Each layer's input waits on the host; the one in use and the one on its way are on the device."""
+        host = self.per_layer * max(0, self.num_layers - 2)
+        return replace(self, all_layers=_less(self.all_layers, host), per_layer=0, moved=self.per_layer, host=host)
+
+    def mix(self, rich: _Steps, num_lean: int) -> _Steps:
+        """Return the step whose first layers are as here, and the others as in the next richer plan.
+
+        The backward pass has two moments that can be the largest: at the last layer, with everything kept, and at the
+        last of the first layers, when what the others kept is released.
+        """
+        on_device = min(2, num_lean) * self.moved
+        whole = _less(rich.all_layers, num_lean * (rich.per_layer - self.per_layer) - on_device)
+        later = self.all_layers.backward - (self.num_layers - num_lean) * self.per_layer
+        whole = whole._replace(backward=max(whole.backward, later))
+        return replace(self, all_layers=whole, host=self.moved * max(0, num_lean - 2))
 
     def combine(self, other: _Steps, function: Callable[[int, int], int]) -> _Steps:
         def each(one: StepMemory, two: StepMemory) -> StepMemory:
@@ -229,6 +269,10 @@ class _Steps:
             function(self.per_layer, other.per_layer),
             self.num_layers,
         )
+
+
+def _less(step: StepMemory, nbytes: int) -> StepMemory:
+    return StepMemory(*(each - nbytes for each in step))
 
 
 def _divide(nbytes: int, ranks: int) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from peft import PeftModel
@@ -19,21 +19,15 @@ from torch.autograd.graph import _engine_run_backward
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from lightning_qlora.kernels.attention import packed_attention_arguments, use_document_attention
+from lightning_qlora.kernels.checkpointing import PLANS, Plan
 from lightning_qlora.losses.cross_entropy import head_cross_entropy
 from lightning_qlora.memory.skeleton import META
 from lightning_qlora.memory.tracking import MemoryTracker, held_tensors
-from lightning_qlora.model import base_model
+from lightning_qlora.model import base_model, set_activation_checkpointing
 
 __all__ = ["PLANS", "Device", "Plan", "SimulationError", "StepMemory", "simulate_step"]
-
-Plan: TypeAlias = Literal["none", "selective", "full", "offload"]
-"""What is kept between forward and backward: everything (``none``); the outputs of quantised products and of attention,
-with the rest recomputed (``selective``); each layer's input, with the layer recomputed (``full``); likewise, with the
-inputs in host memory (``offload``)."""
-PLANS: tuple[Plan, ...] = get_args(Plan)
 
 Device: TypeAlias = Literal["cuda", "cpu"]
 """Where the step is to run: it decides which attention kernel there is, and how heads are grouped."""
@@ -82,7 +76,10 @@ def simulate_step(
         SimulationError: If the model's code needs numbers to decide what it does.
     """
     base: Any = base_model(model)
-    _set_plan(base, plan)
+    set_activation_checkpointing(base, plan)
+    base.disable_input_require_grads()  # enabling twice would leave a hook behind
+    if plan != "none":  # the few layers of a simulation stand for all, whose inputs require gradients
+        base.enable_input_require_grads()
     for parameter in model.parameters():
         parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
     try:
@@ -142,34 +139,6 @@ def _head(base: Any) -> nn.Module:
     head: nn.Module = base.get_output_embeddings()
     softcap = getattr(base.config, "final_logit_softcapping", None)
     return head if softcap is None else nn.Sequential(head, _Softcap(softcap))
-
-
-# Plans
-
-
-def _set_plan(base: Any, plan: Plan) -> None:
-    name = "activation_checkpointing_enable"  # its name from transformers 5.2x on
-    renamed = hasattr(base, name)
-    base.disable_input_require_grads()  # enabling twice would leave a hook behind
-    if plan == "none":
-        (base.activation_checkpointing_disable if renamed else base.gradient_checkpointing_disable)()
-        return
-    options: dict[str, Any] = {"use_reentrant": False}
-    if plan == "selective":
-        options["context_fn"] = _selective_contexts
-    (base.activation_checkpointing_enable if renamed else base.gradient_checkpointing_enable)(options)
-
-
-def _selective_contexts() -> tuple[Any, Any]:
-    contexts: tuple[Any, Any] = create_selective_checkpoint_contexts(_selective_policy)
-    return contexts
-
-
-def _selective_policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Keep what is dear to compute: the products with quantised weights, and attention."""
-    name = str(operator)
-    dear = name.startswith("bitsandbytes.gemm_4bit") or (name.startswith("aten._scaled_dot") and "backward" not in name)
-    return CheckpointPolicy.MUST_SAVE if dear else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 # The device that is not there

@@ -25,14 +25,17 @@ from typing_extensions import override
 from lightning_qlora.checkpoint_io import read_checkpoints_without_pickle
 from lightning_qlora.identity import check_adapter
 from lightning_qlora.kernels.attention import use_document_attention
+from lightning_qlora.kernels.checkpointing import PLANS, MixedPlan, Plan
 from lightning_qlora.loop_state import repair_loops
+from lightning_qlora.memory import choose_plan
 from lightning_qlora.model import (
     Quantization,
     attach_adapters,
+    base_model,
     compute_dtype,
-    enable_activation_checkpointing,
     load_adapter,
     load_base_model,
+    set_activation_checkpointing,
     untrained_token_ids,
 )
 from lightning_qlora.modules.forward import SupervisedForward
@@ -73,8 +76,10 @@ class CausalLMModule(L.LightningModule):
         lr: Learning rate. When given it replaces the optimizer's own; the learning rate finder sets it.
         lr_scheduler: Builds the schedule, stepped once per optimizer step, from (optimizer, total steps); null for a
             constant rate.
-        activation_checkpointing: Keep all activations (none), or recompute each layer in the backward pass (full),
-            which takes far less memory and about a third more time.
+        activation_checkpointing: What a layer keeps for the backward pass: everything (none), the products with 4-bit
+            weights and attention, the rest being recomputed (selective), its input (full), which takes far less memory
+            and about a third more time, or that in host memory (offload). auto takes, when fit starts, the fastest that
+            fits the memory then free, layer by layer. The gradients are the same.
         untrained_tokens: What to do when the chat template writes control tokens that the base was never trained on:
             refuse, train their embedding rows (auto), or go on regardless (ignore).
         dtype: Of everything that is not quantised: float32, bfloat16 or float16; null chooses by hardware.
@@ -100,7 +105,7 @@ class CausalLMModule(L.LightningModule):
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=2e-4, weight_decay=0.0, fused=True),
         lr: float | None = None,
         lr_scheduler: Callable[[Optimizer, int], LRScheduler] | None = WarmupCosine,
-        activation_checkpointing: Literal["none", "full"] = "full",
+        activation_checkpointing: Literal["none", "selective", "full", "offload", "auto"] = "full",
         untrained_tokens: Literal["refuse", "auto", "ignore"] = "refuse",
         dtype: Literal["float32", "bfloat16", "float16"] | None = None,
         attn_implementation: str | None = None,
@@ -109,7 +114,7 @@ class CausalLMModule(L.LightningModule):
         model_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        _check_choice("activation_checkpointing", activation_checkpointing, ("none", "full"))
+        _check_choice("activation_checkpointing", activation_checkpointing, (*PLANS, "auto"))
         _check_choice("untrained_tokens", untrained_tokens, ("refuse", "auto", "ignore"))
         # Objects do not go into checkpoints, which are read without pickle; what identifies them does, as plain
         # data, in on_save_checkpoint.
@@ -133,6 +138,9 @@ class CausalLMModule(L.LightningModule):
 
         self.strict_loading = False  # checkpoints hold adapters only; on_load_checkpoint checks the keys instead
         self.model: PeftModel | None = None
+        self.layer_plan: Plan | MixedPlan | None = None  # what auto has not chosen yet
+        if activation_checkpointing != "auto":
+            self.layer_plan = activation_checkpointing
         self.stop_token_ids: tuple[int, ...] = ()
         self.isolates_documents = False
         self._supervised_forward: SupervisedForward | None = None
@@ -193,8 +201,7 @@ class CausalLMModule(L.LightningModule):
         else:
             tokens = self._tokens_to_train(base, data.control_token_ids if data is not None else ())
             self.model = attach_adapters(base, self.lora, token_ids_to_train=tokens)
-        if self.activation_checkpointing == "full":
-            enable_activation_checkpointing(self.model)
+        self._hold_plan(self.layer_plan or "full")
         self._set_stop_tokens(base, data.stop_token_ids if data is not None else ())
         # Names are taken before a strategy wraps anything; wrapping renames parameters but not state_dict keys.
         self._adapter_keys = frozenset(name for name, p in self.named_parameters() if p.requires_grad)
@@ -247,11 +254,25 @@ class CausalLMModule(L.LightningModule):
         if self.stop_token_ids:
             base.generation_config.eos_token_id = list(self.stop_token_ids)
 
+    def _hold_plan(self, plan: Plan | MixedPlan) -> None:
+        assert self.model is not None
+        set_activation_checkpointing(base_model(self.model), plan)
+
+    def _choose_plan(self, optimizer: Optimizer) -> None:
+        """Let ``auto`` choose once: now weights are where they will be, and the optimizer is known."""
+        if self.layer_plan is not None or self.model is None:
+            return
+        choice = choose_plan(self.trainer, self.model, [optimizer])
+        self.layer_plan = choice.plan
+        self._hold_plan(choice.plan)
+        rank_zero_info(f"activation_checkpointing: auto chose {choice.plan} ({choice.reason}).")
+
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
         trained = [p for p in self.parameters() if p.requires_grad]
         check_is_sharded(self.trainer.strategy, trained)
         optimizer = self.optimizer(trained)
+        self._choose_plan(optimizer)
         if self.lr is not None:
             for group in optimizer.param_groups:
                 group["lr"] = self.lr
@@ -373,6 +394,7 @@ class CausalLMModule(L.LightningModule):
             "format": _CHECKPOINT_FORMAT,
             "model_name": self.model_name,
             "revision": self.revision,
+            "activation_checkpointing": str(self.layer_plan),
             "adapter_keys": sorted(self._adapter_keys),
         }
 

@@ -92,7 +92,7 @@ def _estimate(model: Any, trainer: L.Trainer, found: Rehearsal) -> MemoryEstimat
         )
         return memory.estimate(
             found.batch.num_positions,
-            plan=getattr(model, "activation_checkpointing", "none"),
+            plan=getattr(model, "layer_plan", None) or "none",
             document_length=found.batch.longest_document,
             num_supervised=found.batch.num_supervised,
         )

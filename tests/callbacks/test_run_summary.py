@@ -69,6 +69,7 @@ def test_says_what_will_be_trained_on_what(folder, tokenizer, tmp_path, capsys):
     assert said["Tokens"] == "5,000, 1,250 supervised (25.0 %)"
     assert said["Batches"] == "12 of about 410 tokens, 97.5 % full"
     assert said["Memory"].startswith("about ")
+    assert said["Memory"].endswith("activation checkpointing: full")
     assert said["Memory"].count("MiB") == 8
     assert said["Steps"] == "10 optimizer steps of 2 micro-batches, 3 micro-batches an epoch"
 

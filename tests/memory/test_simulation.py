@@ -14,8 +14,8 @@ from transformers import AutoConfig
 from lightning_qlora.kernels.attention import packed_attention_arguments, use_document_attention
 from lightning_qlora.losses.cross_entropy import head_cross_entropy
 from lightning_qlora.memory import SimulationError, build_skeleton, simulate_step
-from lightning_qlora.memory.simulation import _head, _set_plan
-from lightning_qlora.model import attach_adapters, load_base_model
+from lightning_qlora.memory.simulation import _head
+from lightning_qlora.model import attach_adapters, load_base_model, set_activation_checkpointing
 
 WIDE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4}
 
@@ -48,7 +48,7 @@ def build_real_step(folder, lengths, rank, plan):
     model = attach_adapters(load_base_model(folder, dtype=torch.float32), lora_config(rank))
     base = model.get_base_model()
     assert use_document_attention(base)
-    _set_plan(base, plan)
+    set_activation_checkpointing(base, plan)
     batch = random_batch(lengths)
     inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
     inputs |= packed_attention_arguments(batch["input_ids"], batch["document_lengths"])
