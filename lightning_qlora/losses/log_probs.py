@@ -31,10 +31,12 @@ def head_log_probs(
 
     Returns:
         (N,) float32 log-probabilities in nats, differentiable, and (N,) bool, whether the target is the most likely
-        token. With N = 0 they are empty and still reach ``hidden_ND``.
+        token. With N = 0 they are empty and still reach ``hidden_ND`` and a trained head: other ranks wait for the
+        gradients of all that is trained.
     """
     if targets_N.numel() == 0:
-        return hidden_ND.float().sum(-1), targets_N.bool()
+        reached = hidden_ND if _is_frozen(head) else head(hidden_ND)
+        return reached.float().sum(-1), targets_N.bool()
     if torch.is_grad_enabled() and hidden_ND.requires_grad and _is_frozen(head):
         log_probs_N, correct_N = _FrozenHeadLogProbs.apply(hidden_ND, head, targets_N, chunk_size)  # type: ignore[no-untyped-call]
         return log_probs_N, correct_N

@@ -21,9 +21,9 @@ class QLoRADDPStrategy(DDPStrategy):
 
     The defaults that differ from torch's, each of which an argument of DistributedDataParallel overrides:
     ``gradient_as_bucket_view`` (one copy of the gradients less), ``broadcast_buffers=False`` (the base's buffers never
-    change), and ``static_graph``: the same adapters take part in each step, also where checkpointing recomputes them,
-    a batch supervises nothing, or a reference runs without gradients. Where a model picks experts by token that is not
-    so, and ``find_unused_parameters`` is set instead.
+    change), and ``find_unused_parameters`` where a model trains experts that are picked by token, and only there.
+    ``static_graph`` stays off: with torch 2.13 an accumulated first step ends in an internal error, and it saves
+    nothing where all adapters take part in each step.
 
     Args:
         options: Arguments of lightning.pytorch.strategies.DDPStrategy and torch's DistributedDataParallel.
@@ -34,8 +34,8 @@ class QLoRADDPStrategy(DDPStrategy):
 
     @override
     def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
-        if not {"static_graph", "find_unused_parameters"} & self._ddp_kwargs.keys():
-            self._ddp_kwargs["find_unused_parameters" if _trains_experts(model) else "static_graph"] = True
+        if not {"static_graph", "find_unused_parameters"} & self._ddp_kwargs.keys() and _trains_experts(model):
+            self._ddp_kwargs["find_unused_parameters"] = True
         frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
         return super()._setup_model(model)

@@ -43,3 +43,10 @@ def test_no_position_gives_an_empty_result_that_reaches_the_model():
     assert log_probs.shape == correct.shape == (0,)
     assert log_probs.dtype == torch.float32
     assert hidden.grad is not None
+
+
+def test_no_position_reaches_a_trained_head_too():
+    head = nn.Linear(16, 50)
+    log_probs, _ = head_log_probs(torch.randn(0, 16, requires_grad=True), head, torch.zeros(0, dtype=torch.int64))
+    log_probs.sum().backward()
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in head.parameters())
