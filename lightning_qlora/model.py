@@ -149,6 +149,8 @@ def load_base_model(
     finally:
         transformers_logging.set_verbosity(verbosity)
     model.requires_grad_(False)
+    # As the user wrote it, not the folder of this machine's cache: adapter_config.json names the base by it.
+    model.name_or_path = model.config._name_or_path = model_name
     _keep_cpu_weights_trainable(model)
     model.get_output_embeddings().register_forward_pre_hook(_contiguous)
     model.config._commit_hash = _resolved_commit(source, revision, model_kwargs or {})

@@ -132,6 +132,14 @@ def test_saved_folders_hold_no_base_weight(base, tmp_path):
     assert (tmp_path / "adapter_model.safetensors").stat().st_size < size + 20_000
 
 
+def test_a_saved_adapter_names_its_base_as_it_was_given_not_a_folder_of_the_cache(base, tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_qlora.model.resolve_pretrained", {"package:tiny": base}.get)
+    save_adapter(attach_adapters(load_base_model("package:tiny"), lora()), tmp_path)
+    for file in tmp_path.iterdir():
+        assert str(base).encode() not in file.read_bytes()
+    assert read_adapter_base(tmp_path) == ("package:tiny", None)
+
+
 def test_activation_checkpointing_recomputes_and_changes_nothing(base):
     batch = random_batch((10,))
     gradients = []
