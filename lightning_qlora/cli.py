@@ -6,6 +6,7 @@ import inspect as python_inspect
 import itertools
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -231,8 +232,11 @@ def _expand_shortcuts(args: list[str]) -> list[str]:
     """Spell out what has a shorter spelling.
 
     ``--optimizer`` and ``--lr_scheduler`` are LightningCLI's usual names for what the module builds here; runs to plot
-    are named as files are elsewhere; fit --dry_run is the subcommand dry_run, which takes the same configuration.
+    are named as files are elsewhere; fit --dry_run is the subcommand dry_run, which takes the same configuration; a
+    shape to estimate stands for a base of that shape.
     """
+    if args[:1] == ["estimate"]:
+        args = [re.sub("^--shape=", "--model.model_name=shape:", argument) for argument in args]
     if args[:1] == ["fit"] and "--dry_run" in args:
         args = ["dry_run", *(argument for argument in args[1:] if argument != "--dry_run")]
     if args[:1] == ["plot"]:
