@@ -1,8 +1,9 @@
 """Attention that keeps packed documents apart, registered with transformers' ``AttentionInterface``.
 
 A packed batch is one flat row of documents. transformers' own SDPA path isolates them with a dense L x L mask, whose
-size grows with the square of the batch; this one attends document by document and needs none. It is exact: every
-document sees what it would see alone. Without packing it is ordinary scaled dot-product attention.
+size grows with the square of the batch; this one attends document by document and needs none: on GPUs all in one call
+of torch's varlen flash attention, elsewhere one after the other. It is exact: every document sees what it would see
+alone. Without packing it is ordinary scaled dot-product attention.
 
 Answers to one prompt may share it: then the second is a branch, whose tokens see the prompt and the branch itself, but
 not the first answer::
@@ -29,6 +30,8 @@ from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from lightning_qlora.kernels.varlen import attend_documents, document_offsets
+
 __all__ = ["DOCUMENT_ATTENTION", "document_attention", "packed_attention_arguments", "use_document_attention"]
 
 DOCUMENT_ATTENTION = "lightning_qlora_documents"
@@ -50,6 +53,7 @@ def document_attention(
     softcap: float | None = None,
     document_lengths: tuple[int, ...] | None = None,
     shared_prompts: tuple[int, ...] | None = None,
+    document_starts: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Scaled dot-product attention in the signature of transformers' ``AttentionInterface``.
@@ -68,6 +72,8 @@ def document_attention(
         document_lengths: Lengths of the packed documents, in tokens; they add up to L.
         shared_prompts: For each document how many tokens, at the beginning of the nearest document before it with a 0
             here, it goes on from. ``None`` where all documents stand by themselves.
+        document_starts: (K + 1,) int32 on the device, where documents begin and the last one ends: what torch's varlen
+            kernel needs to attend within all documents in one call. Without it they are attended one by one.
 
     Returns:
         (B, L, heads, head_dim) and no attention weights.
@@ -76,6 +82,10 @@ def document_attention(
         is_causal = attention_mask is None and query.shape[2] > 1
         output = _attend(query, key, value, attention_mask, is_causal, scaling, dropout, softcap)
         return output.transpose(1, 2).contiguous(), None
+    if document_starts is not None and softcap is None and not dropout and shared_prompts is None:
+        fast = attend_documents(query, key, value, document_starts, document_lengths, scaling, sliding_window)
+        if fast is not None:
+            return fast, None
     outputs = []
     lengths = list(document_lengths)
     documents = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
@@ -184,7 +194,11 @@ def packed_attention_arguments(
         "attention_mask": input_ids.new_empty((1, 1, 0, 0)),
         "document_lengths": document_lengths,
     }
-    return arguments if shared_prompts is None else {**arguments, "shared_prompts": shared_prompts}
+    if shared_prompts is not None:
+        return {**arguments, "shared_prompts": shared_prompts}
+    if input_ids.device.type != "cpu":
+        arguments["document_starts"] = document_offsets(document_lengths, input_ids.device)
+    return arguments
 
 
 AttentionInterface.register(DOCUMENT_ATTENTION, document_attention)

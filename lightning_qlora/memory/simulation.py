@@ -85,7 +85,7 @@ def simulate_step(
     try:
         with (
             META,
-            _autocast_flag(dtype is not None),
+            _autocast_flag(dtype),
             _DeviceMode(device, dtype),
             MemoryTracker(held_tensors(model)) as tracker,
         ):
@@ -179,14 +179,16 @@ _AUTOCAST = frozenset(
 
 
 @contextlib.contextmanager
-def _autocast_flag(enabled: bool) -> Iterator[None]:
+def _autocast_flag(dtype: torch.dtype | None) -> Iterator[None]:
     """Answer ``torch.is_autocast_enabled()``, which PEFT asks; on the meta device there is no autocast itself."""
-    before = torch.is_autocast_enabled("cuda")
-    torch.set_autocast_enabled("cuda", enabled)
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", dtype is not None)
+    torch.set_autocast_dtype("cuda", dtype or before[1])
     try:
         yield
     finally:
-        torch.set_autocast_enabled("cuda", before)
+        torch.set_autocast_enabled("cuda", before[0])
+        torch.set_autocast_dtype("cuda", before[1])
 
 
 def _attend_on_cpu(

@@ -27,9 +27,17 @@ def _flash_scratch(args: Sequence[Any]) -> int:
     return 4 * int(args[1].numel())
 
 
+def _varlen_scratch(args: Sequence[Any]) -> int:
+    """Likewise; and where heads share keys, the gradients of keys and values of each head, before they are summed."""
+    query, key = args[1], args[2]
+    shared = 2 * query.numel() * query.dtype.itemsize if query.shape[1] != key.shape[1] else 0
+    return 4 * int(query.numel()) + int(shared)
+
+
 _HIDDEN: dict[str, Callable[[Sequence[Any]], int]] = {
     "bitsandbytes.gemm_4bit.default": _product_scratch,
     "aten._scaled_dot_product_flash_attention_backward.default": _flash_scratch,
+    "torch_attn._varlen_attn_backward.default": _varlen_scratch,
 }
 """What operators allocate and free inside themselves, in bytes, from their arguments."""
 

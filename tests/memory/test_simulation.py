@@ -131,7 +131,7 @@ def test_what_a_gpu_keeps_of_a_layer(tmp_path):
 
     norms = 2 * (4 * width + 4)  # the input in float32 and one over its norm
     normed = 2 * (2 * width)
-    attention = 2 * (width + 2 * keys) + 2 * (2 * width) + 4 * 4  # queries, keys, values; output twice; log-sum-exp
+    attention = 2 * (width + 2 * keys) + 2 * width + 4 * 4  # queries, keys, values; output; log-sum-exp
     gated = 4 * 2 * mlp
     low_rank = 7 * 2 * rank
     expected = tokens * (norms + normed + attention + gated + low_rank) + 2 * adapters  # cast to bfloat16

@@ -1,0 +1,196 @@
+"""Flash attention over documents of any length in one call, from torch's own varlen kernel, where it can be trusted.
+
+``torch.nn.attention.varlen`` came with torch 2.10 and its signature has changed with each release since. So the
+arguments follow the signature that is installed, and the first call on a device compares the kernel with plain
+arithmetic, forward and backward, on a small random batch; a kernel that fails is not used there.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch without the kernel
+    varlen_attn = None  # type: ignore[assignment]
+
+__all__ = ["attend_documents", "document_offsets"]
+
+_INDEX_LIMIT = 2**31  # the backward pass counts elements of its padded buffer in 32 bits
+_PADDING = 128  # of each document in that buffer, in tokens
+_LARGEST_HEAD = 256
+_TOLERANCE = 2e-2  # relative to the norm; bfloat16 keeps 8 bits
+
+_CHECK_LENGTHS = (5, 64, 1, 131)
+_CHECK_WINDOW = 17
+
+
+class _Kind(NamedTuple):
+    """What decides which kernel runs."""
+
+    device: torch.device
+    dtype: torch.dtype
+    num_heads: int
+    num_key_heads: int
+    head_dim: int
+    windowed: bool
+
+
+def document_offsets(lengths: Sequence[int], device: torch.device) -> Tensor:
+    """Return where documents begin and the last one ends, (K + 1,) int32 on the device, without waiting for it."""
+    offsets = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    if device.type == "cuda":
+        return offsets.pin_memory().to(device, non_blocking=True)
+    return offsets.to(device)
+
+
+def attend_documents(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    offsets: Tensor,
+    lengths: Sequence[int],
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+) -> Tensor | None:
+    """Attend causally within each document.
+
+    Args:
+        query: (1, heads, T, head_dim).
+        key: (1, key-value heads, T, head_dim).
+        value: (1, key-value heads, T, head_dim).
+        offsets: Of :func:`document_offsets`.
+        lengths: Of the documents, in tokens.
+        scaling: Factor on the scores; ``None`` for ``head_dim ** -0.5``.
+        sliding_window: How many positions a token sees, itself included.
+
+    Returns:
+        (1, T, heads, head_dim), or ``None`` where the kernel is missing or does not fit.
+    """
+    if varlen_attn is None or not _on_gpu(query):
+        return None
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
+    longest = max(lengths)
+    window = sliding_window if sliding_window is not None and longest > sliding_window else None
+    _, num_heads, num_tokens, head_dim = query.shape
+    if dtype not in (torch.bfloat16, torch.float16) or head_dim > _LARGEST_HEAD or head_dim % 8:
+        return None
+    if (num_tokens + _PADDING * len(lengths)) * num_heads * head_dim >= _INDEX_LIMIT:
+        _say_once(
+            f"{num_tokens:,} tokens in {len(lengths):,} documents are more than the varlen attention kernel can index "
+            "in its backward pass; documents are attended one by one."
+        )
+        return None
+    kind = _Kind(query.device, dtype, num_heads, key.shape[1], head_dim, window is not None)
+    if not _is_trusted(kind):
+        return None
+    query, key, value = (tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value))
+    return _call(query, key, value, offsets, longest, scaling, window)[None]
+
+
+def _on_gpu(tensor: Tensor) -> bool:
+    return tensor.is_cuda
+
+
+@cache
+def _parameters() -> frozenset[str]:
+    return frozenset(inspect.signature(varlen_attn).parameters)
+
+
+def _call(
+    query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, longest: int, scaling: float | None, window: int | None
+) -> Tensor:
+    """Call the kernel with (T, heads, head_dim) tensors, by the names that this torch knows."""
+    names, options = _parameters(), dict[str, Any]()
+    if "window_size" in names:  # how far to look back and ahead, the token itself not counted
+        options["window_size"] = (-1 if window is None else window - 1, 0)
+    else:
+        options["is_causal"] = True
+    if "enable_gqa" in names:  # before, heads were grouped without asking
+        options["enable_gqa"] = query.shape[1] != key.shape[1]
+    if scaling is not None and "scale" in names:
+        options["scale"] = scaling
+    elif scaling is not None:
+        query = query * (scaling * query.shape[-1] ** 0.5)
+    output: Any = varlen_attn(query, key, value, offsets, offsets, longest, longest, **options)
+    return output  # type: ignore[no-any-return]  # a tuple only where more is asked for
+
+
+# The check
+
+
+@cache
+def _is_trusted(kind: _Kind) -> bool:
+    """Whether the kernel computes here what it should; found out once for each kind of call."""
+    if kind.device.type == "meta":  # a simulation of a GPU
+        return True
+    if kind.windowed and "window_size" not in _parameters():
+        return False
+    error = _in_clean_thread(kind)
+    if error is not None:
+        _say_once(
+            f"torch's varlen attention is not used on {kind.device} for {kind.dtype}, head_dim {kind.head_dim}"
+            f"{', sliding window' if kind.windowed else ''}: {error}. Documents are attended one by one."
+        )
+    return error is None
+
+
+def _in_clean_thread(kind: _Kind) -> str | None:
+    """Compare in a thread of its own: autocast, hooks and dispatch modes of the step under way do not reach there."""
+    found: list[str | None] = []
+    thread = threading.Thread(target=lambda: found.append(_compare(kind)))
+    thread.start()
+    thread.join()
+    return found[0] if found else "the comparison failed"
+
+
+def _compare(kind: _Kind) -> str | None:
+    """Return what is wrong with the kernel, or ``None``."""
+    generator = torch.Generator().manual_seed(0)
+    total, heads = sum(_CHECK_LENGTHS), (kind.num_heads, kind.num_key_heads, kind.num_key_heads)
+    inputs = [torch.randn(total, n, kind.head_dim, generator=generator).to(kind.dtype) for n in heads]
+    weights = torch.randn(total, kind.num_heads, kind.head_dim, generator=generator).to(kind.dtype)
+    window = _CHECK_WINDOW if kind.windowed else None
+    offsets = document_offsets(_CHECK_LENGTHS, kind.device)
+    scaling = 0.7 * kind.head_dim**-0.5
+    try:
+        fast = [x.to(kind.device).requires_grad_() for x in inputs]
+        output = _call(fast[0], fast[1], fast[2], offsets, max(_CHECK_LENGTHS), scaling, window)
+        gradients = torch.autograd.grad(output, fast, weights.to(kind.device))
+        found = [x.double().cpu() for x in (output.detach(), *gradients)]
+    except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    plain = [x.double().requires_grad_() for x in inputs]
+    expected = _plain_attention(plain[0], plain[1], plain[2], scaling, window)
+    references = [expected.detach(), *torch.autograd.grad(expected, plain, weights.double())]
+    for name, one, two in zip(("output", "dQ", "dK", "dV"), found, references, strict=True):
+        distance = float((one - two).norm() / two.norm())
+        if not distance <= _TOLERANCE:  # NaN never passes
+            return f"its {name} is off by {distance:.2g} of its norm"
+    return None
+
+
+def _plain_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
+    """Attend under a mask over all documents of the check, by plain operators."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    document = torch.repeat_interleave(torch.arange(len(_CHECK_LENGTHS)), torch.tensor(_CHECK_LENGTHS))
+    position = torch.arange(len(document))
+    distance = position[:, None] - position[None, :]
+    allowed = (document[:, None] == document[None, :]) & (distance >= 0) & (distance < (window or len(document)))
+    scores = torch.einsum("qhd,khd->hqk", query, key) * scaling
+    weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", weights, value)
+
+
+@cache
+def _say_once(message: str) -> None:
+    rank_zero_info(message)

@@ -1,0 +1,248 @@
+"""When torch's varlen kernel is called, with what, and when it is not: on the CPU with a stand-in that computes it."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from tiny_models import tiny_config
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from lightning_qlora.kernels import varlen
+from lightning_qlora.kernels.attention import document_attention, packed_attention_arguments, use_document_attention
+
+LENGTHS = (7, 1, 20, 4)
+
+
+class StandIn:
+    """Flash attention's contract in plain operators, which checks what it is given."""
+
+    def __init__(self):
+        self.calls = []
+        self.wrong = 0.0
+
+    def attend(self, query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, left, grouped):
+        assert query.dtype == key.dtype == value.dtype
+        assert query.dtype in (torch.bfloat16, torch.float16)
+        assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+        assert query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
+        total, heads, head_dim = query.shape
+        assert key.shape == value.shape
+        assert key.shape[0] == total
+        assert grouped or key.shape[1] == heads
+        offsets = cu_seq_q.tolist()
+        assert offsets == cu_seq_k.tolist()
+        assert offsets[-1] == total
+        lengths = [end - start for start, end in pairwise(offsets)]
+        assert max(lengths) == max_q == max_k
+        assert isinstance(max_q, int)
+        self.calls.append((lengths, scale, left))
+        scale = head_dim**-0.5 if scale is None else scale
+        key, value = (x.float().repeat_interleave(heads // key.shape[1], 1) for x in (key, value))
+        parts = []
+        for start, end in pairwise(offsets):
+            scores = torch.einsum("qhd,khd->hqk", query[start:end].float(), key[start:end]) * scale
+            index = torch.arange(end - start)
+            distance = index[:, None] - index[None, :]
+            allowed = (distance >= 0) & ((left < 0) | (distance <= left))
+            weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
+            parts.append(torch.einsum("hqk,khd->qhd", weights, value[start:end]))
+        return (torch.cat(parts) * (1 + self.wrong)).to(query.dtype)
+
+
+@pytest.fixture(params=["2.13", "2.12", "2.10"])
+def stand_in(request, monkeypatch):
+    """The kernel with the signatures it has had."""
+    kernel = StandIn()
+
+    def newest(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
+               window_size=(-1, -1), enable_gqa=False, seqused_k=None, block_table=None, num_splits=None):  # fmt: skip
+        assert window_size[1] == 0, "not causal"
+        return kernel.attend(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size[0], enable_gqa)
+
+    def before(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
+               window_size=(-1, -1), seqused_k=None):  # fmt: skip
+        assert window_size[1] == 0, "not causal"
+        return kernel.attend(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size[0], True)
+
+    def first(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
+        assert is_causal
+        return kernel.attend(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, None, -1, True)
+
+    kernel.version = request.param
+    monkeypatch.setattr(varlen, "varlen_attn", {"2.13": newest, "2.12": before, "2.10": first}[request.param])
+    monkeypatch.setattr(varlen, "_on_gpu", lambda tensor: True)
+    clear()
+    yield kernel
+    clear()
+
+
+def clear():
+    for function in (varlen._parameters, varlen._is_trusted, varlen._say_once):
+        function.cache_clear()
+
+
+def random_inputs(heads=4, key_heads=2, dtype=torch.bfloat16, head_dim=16):
+    generator = torch.Generator().manual_seed(0)
+    total = sum(LENGTHS)
+    # As attention layers make them: (1, T, heads, head_dim) seen with heads first.
+    return [
+        torch.randn(1, total, n, head_dim, generator=generator).to(dtype).transpose(1, 2).requires_grad_()
+        for n in (heads, key_heads, key_heads)
+    ]
+
+
+def attend(inputs, **options):
+    arguments = {"document_lengths": LENGTHS, "document_starts": varlen.document_offsets(LENGTHS, inputs[0].device)}
+    return document_attention(nn.Module(), *inputs, None, **{**arguments, **options})[0]
+
+
+def step_calls(kernel):
+    """Calls but for those of the comparison."""
+    return [call for call in kernel.calls if call[0] != list(varlen._CHECK_LENGTHS)]
+
+
+@pytest.mark.parametrize("options", [{}, {"scaling": 0.3}, {"sliding_window": 5}, {"sliding_window": 20}])
+@pytest.mark.parametrize("heads", [(4, 2), (3, 3)])
+def test_one_call_for_all_documents_computes_what_they_do_one_by_one(stand_in, options, heads):
+    inputs = random_inputs(*heads)
+    found = attend(inputs, **options)
+    gradients = torch.autograd.grad(found.float().square().sum(), inputs)
+    calls = step_calls(stand_in)
+    windowed = options.get("sliding_window") == 5
+    if stand_in.version == "2.10" and windowed:
+        assert calls == []
+    else:
+        scale = options.get("scaling") if stand_in.version != "2.10" else None
+        assert calls == [(list(LENGTHS), scale, 4 if windowed else -1)]
+    expected = attend(inputs, **options, document_starts=None)
+    assert found.shape == expected.shape
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+    references = torch.autograd.grad(expected.float().square().sum(), inputs)
+    for one, two in zip(gradients, references, strict=True):
+        torch.testing.assert_close(one, two, rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"softcap": 2.0}, {"dropout": 0.5}, {"shared_prompts": (0, 3, 0, 2)}, {"document_starts": None}],
+    ids=lambda options: next(iter(options)),
+)
+def test_what_the_kernel_does_not_compute_is_not_asked_of_it(stand_in, options):
+    attend(random_inputs(), **options)
+    assert stand_in.calls == []
+
+
+@pytest.mark.parametrize("shape", [{"dtype": torch.float32}, {"head_dim": 12}, {"head_dim": 264}])
+def test_inputs_it_does_not_take_go_one_by_one(stand_in, shape):
+    attend(random_inputs(**shape))
+    assert stand_in.calls == []
+
+
+def test_without_a_gpu_or_the_kernel_it_is_not_called(stand_in, monkeypatch):
+    monkeypatch.setattr(varlen, "_on_gpu", lambda tensor: tensor.is_cuda)
+    attend(random_inputs())
+    monkeypatch.setattr(varlen, "_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(varlen, "varlen_attn", None)
+    attend(random_inputs())
+    assert stand_in.calls == []
+
+
+@pytest.mark.parametrize("wrong", [0.2, float("nan")])
+def test_a_kernel_that_is_off_is_not_used_and_said_so_once(stand_in, wrong, caplog):
+    stand_in.wrong = wrong
+    inputs = random_inputs()
+    with caplog.at_level("INFO"):
+        first, second = attend(inputs), attend(inputs)
+    assert step_calls(stand_in) == []
+    assert torch.equal(first, second)
+    assert not first.isnan().any()
+    said = [record.getMessage() for record in caplog.records if "varlen" in record.getMessage()]
+    assert len(said) == 1
+    assert "its output is off" in said[0]
+
+
+def test_a_kernel_that_fails_is_not_used(stand_in, monkeypatch, caplog):
+    def fail(*args, window_size=None, **options):
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(varlen, "varlen_attn", fail)
+    with caplog.at_level("INFO"):
+        assert not attend(random_inputs()).isnan().any()
+    assert any("no kernel image" in record.getMessage() for record in caplog.records)
+
+
+def test_the_comparison_runs_once_and_sees_nothing_of_the_step(stand_in):
+    hooked = []
+
+    def note(tensor):
+        hooked.append(tensor.shape)
+        return tensor
+
+    state = torch.get_rng_state()
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), torch.no_grad():
+        attend(random_inputs())
+        attend(random_inputs())
+    assert len(stand_in.calls) - len(step_calls(stand_in)) == 1
+    assert len(step_calls(stand_in)) == 2
+    assert hooked == []
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_batches_beyond_the_index_of_the_backward_pass_go_one_by_one(stand_in, monkeypatch, caplog):
+    padded = (sum(LENGTHS) + 128 * len(LENGTHS)) * 4 * 16
+    monkeypatch.setattr(varlen, "_INDEX_LIMIT", padded + 1)
+    attend(random_inputs())
+    assert len(step_calls(stand_in)) == 1
+    monkeypatch.setattr(varlen, "_INDEX_LIMIT", padded)
+    with caplog.at_level("INFO"):
+        attend(random_inputs())
+        attend(random_inputs())
+    assert len(step_calls(stand_in)) == 1
+    assert sum("more than the varlen attention kernel can index" in r.getMessage() for r in caplog.records) == 1
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_a_model_calls_it_once_a_layer(stand_in, family):
+    if stand_in.version == "2.10":
+        pytest.skip("one signature is enough, and this one knows no windows")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config(family), dtype=torch.bfloat16).eval()
+    assert use_document_attention(model)
+    ids = torch.randint(3, 500, (1, sum(LENGTHS)))
+    positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
+    arguments = packed_attention_arguments(ids, LENGTHS)
+    assert "document_starts" not in arguments  # the CPU has no use for them
+    starts = varlen.document_offsets(LENGTHS, ids.device)
+    with torch.no_grad():
+        expected = model(input_ids=ids, position_ids=positions, use_cache=False, **arguments).logits
+        assert stand_in.calls == []
+        found = model(
+            input_ids=ids, position_ids=positions, use_cache=False, **arguments, document_starts=starts
+        ).logits
+    assert len(step_calls(stand_in)) == 2
+    torch.testing.assert_close(found, expected, rtol=5e-2, atol=5e-2)
+
+
+def test_offsets():
+    offsets = varlen.document_offsets((3, 1, 4), torch.device("cpu"))
+    assert offsets.tolist() == [0, 3, 4, 8]
+    assert offsets.dtype is torch.int32
+
+
+def test_the_installed_signature_is_one_that_is_known():
+    assert varlen.varlen_attn is not None
+    varlen._parameters.cache_clear()
+    assert varlen._parameters() >= {"query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k", "window_size"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(32, 8, 128), (4, 4, 64), (8, 4, 256)])
+def test_the_kernel_itself_passes_the_comparison(shape, dtype, window):
+    kind = varlen._Kind(torch.device("cuda", 0), dtype, *shape, window is not None)
+    assert varlen._compare(kind) is None
