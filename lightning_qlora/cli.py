@@ -29,6 +29,7 @@ from lightning_qlora.model import compute_dtype
 from lightning_qlora.modules import CausalLMModule
 from lightning_qlora.modules.base import refuse_bitsandbytes_precision
 from lightning_qlora.redaction import scrub
+from lightning_qlora.strategies import default_strategy
 from lightning_qlora.tools import PLANNING_TOOLS, TOOLS
 from lightning_qlora.tools.inspection import planning_settings
 
@@ -171,6 +172,9 @@ class QLoRACLI(LightningCLI):
             "precision": config.precision or _default_precision(config.accelerator, config.plugins),
             "logger": _default_logger(config.logger, config.default_root_dir),
             "callbacks": self._with_default_callbacks(config.callbacks),
+            "strategy": default_strategy(
+                config.strategy, accelerator=config.accelerator, devices=config.devices, num_nodes=config.num_nodes
+            ),
         }
         if config.max_epochs is None and config.max_steps == -1 and config.max_time is None:
             choices["max_epochs"] = 3

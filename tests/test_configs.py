@@ -1,17 +1,22 @@
 """Every shipped configuration runs, with a tiny model in place of the large one."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 from tiny import tiny_tokenizer
 from tiny_models import save_tiny_model
 
 from lightning_qlora.cli import main
 
 ROOT = Path(__file__).parent.parent
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+OVERLAYS = ("ddp", "fsdp")
+CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if path.stem not in OVERLAYS)
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +40,29 @@ def workplace(tmp_path, monkeypatch):
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_configuration_runs_with_a_tiny_model(config, base, workplace, capsys):
     options = yaml.safe_load(config.read_text())
-    arguments = [
-        "fit",
-        f"--config={config}",
+    assert main(["fit", f"--config={config}", *tiny_run(base)]) == 0, capsys.readouterr().err
+    root = Path(options["trainer"]["default_root_dir"])
+    assert list(root.rglob("adapter_model.safetensors"))
+    assert list(root.rglob("metrics.csv"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_overlay_runs_on_two_ranks(overlay, base, workplace):
+    configs = [f"--config={ROOT / 'configs' / name}.yaml" for name in ("sft", overlay)]
+    options = [*tiny_run(base), "--trainer.devices=2", "--trainer.accumulate_grad_batches=1"]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "lightning_qlora", "fit", *configs, *options]
+    run = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=200)
+    assert run.returncode == 0, run.stderr
+    assert "GLOBAL_RANK: 1, MEMBER: 2/2" in run.stderr
+    published = sorted(Path("runs/sft").rglob("adapter_model.safetensors"))
+    shapes = {value.shape[0] for name, value in load_file(published[-1]).items() if "lora_A" in name}
+    assert shapes == {16}  # whole, not the half of a rank
+
+
+def tiny_run(base):
+    return [
         f"--model.model_name={base}",
         "--trainer.accelerator=cpu",
         "--trainer.max_steps=2",
@@ -48,7 +73,3 @@ def test_configuration_runs_with_a_tiny_model(config, base, workplace, capsys):
         "--data.max_length=2048",
         "--data.tokens_per_batch=4096",
     ]
-    assert main(arguments) == 0, capsys.readouterr().err
-    root = Path(options["trainer"]["default_root_dir"])
-    assert list(root.rglob("adapter_model.safetensors"))
-    assert list(root.rglob("metrics.csv"))
