@@ -6,7 +6,7 @@ import json as json_format
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from typing import Any, Literal, cast, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import lightning as L
 import torch
@@ -97,8 +97,8 @@ def estimate(
         ]
         supervised = round(supervised_share * num_tokens)
         plans = {"document_length": longest, "num_supervised": supervised}
-        configured = str(model.activation_checkpointing)
-        plan = configured if configured in PLANS else offered[-1]  # auto decides on the device; its slowest choice
+        configured = model.activation_checkpointing
+        plan = offered[-1] if configured == "auto" else configured  # auto decides on the device; its slowest choice
         num_steps = trainer.max_steps if trainer.max_steps >= 0 else None
         found = Estimate(
             model_name=model.model_name.removeprefix(SHAPE_SCHEME),
@@ -106,7 +106,7 @@ def estimate(
             sharding=build.sharding,
             world_size=ranks,
             storages=memory.storages,
-            plan=cast(Plan, configured),
+            plan=configured,
             offered=offered,
             num_tokens=num_tokens,
             document_length=longest,
@@ -118,7 +118,7 @@ def estimate(
             reserve_gib=reserve_gib,
             speeds=estimate_speed(
                 step_flops(memory.model),
-                plan=cast(Plan, plan),
+                plan=plan,
                 num_tokens=num_tokens,
                 micro_batches=trainer.accumulate_grad_batches,
                 num_steps=num_steps,

@@ -45,7 +45,7 @@ class Estimate(NamedTuple):
         sharding: What each rank holds.
         world_size: Ranks.
         storages: Parameters by how they are stored.
-        plan: The configured one.
+        plan: The configured one, or auto.
         offered: Plans that the module offers.
         num_tokens: Of a micro-batch.
         document_length: Of its documents.
@@ -64,7 +64,7 @@ class Estimate(NamedTuple):
     sharding: str
     world_size: int
     storages: list[Storage]
-    plan: Plan
+    plan: str
     offered: tuple[Plan, ...]
     num_tokens: int
     document_length: int
@@ -102,7 +102,9 @@ def _memory(found: Estimate) -> list[str]:
     for estimate in found.memory:
         mark = " <- configured" if estimate.plan == found.plan else ""
         star = "" if estimate.plan in found.offered else " *"
-        rows.append([estimate.plan + star, *(size(getattr(estimate, item)) for item in _ITEMS), estimate.moment + mark])
+        rows.append(
+            [f"{estimate.plan}{star}", *(size(getattr(estimate, item)) for item in _ITEMS), estimate.moment + mark]
+        )
         if estimate.host:
             notes.append(f"{estimate.plan}: {size(estimate.host)} of activations wait in host memory.")
         if estimate.paged and not notes:
