@@ -34,7 +34,8 @@ def write(path, rows):
 def data(tmp_path):
     def make(rows, name="train.jsonl", **options):
         file = write(tmp_path / name, rows)
-        return SFTDataModule(train=file, tokenizer=tiny_tokenizer(), cache_dir=str(tmp_path / "cache"), **options)
+        options = {"tokenizer": tiny_tokenizer(), **options}
+        return SFTDataModule(train=file, cache_dir=str(tmp_path / "cache"), **options)
 
     return make
 
@@ -68,6 +69,13 @@ def test_supervised_rows_and_control_tokens_are_told_apart_without_colour(data):
         "  | ",
     ]
     assert "\x1b" not in text
+
+
+def test_what_the_template_does_to_ordinary_chats_is_said_beforehand(data):
+    found = data(ROWS, tokenizer=tiny_tokenizer("qwen"))
+    notes = [line.split(maxsplit=1)[1] for line in text_of(gather(found)).splitlines() if line.startswith("  Note ")]
+    assert tuple(notes) == found.chat.notes
+    assert len(notes) == 1
 
 
 def test_colour_adds_nothing_but_colour(data):

@@ -114,7 +114,7 @@ def describe_template(inspection: Inspection) -> Rows:
     ]
     bos = template.bos_token
     rows.append(("BOS token", "none" if bos is None else token_names([bos])))
-    return rows
+    return [*rows, *(("Note", visible(note)) for note in template.notes)]
 
 
 def describe_bos(stage: StageFindings) -> str:

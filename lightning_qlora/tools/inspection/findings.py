@@ -50,6 +50,7 @@ class TemplateFindings:
         bos_token: The beginning-of-sequence token, if there is one.
         stop_tokens: What supervised turns end with, where generation stops.
         control_tokens: What the chat template writes beside text.
+        notes: What the chat template does to ordinary chats that a user should know before training on them.
     """
 
     tokenizer: str
@@ -58,6 +59,7 @@ class TemplateFindings:
     bos_token: NamedToken | None
     stop_tokens: list[NamedToken]
     control_tokens: list[NamedToken]
+    notes: list[str]
 
 
 @dataclass(frozen=True, slots=True)

@@ -287,6 +287,7 @@ def _template(data: PreparedDataModule, name: str) -> TemplateFindings:
         bos_token=None if tokenizer.bos_token_id is None else named([tokenizer.bos_token_id])[0],
         stop_tokens=named(chat.stop_token_ids),
         control_tokens=named(chat.control_token_ids),
+        notes=list(chat.notes),
     )
 
 
