@@ -6,7 +6,10 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -17,6 +20,7 @@ from tiny_models import save_tiny_model
 from tiny_run import TinyData, assert_equal, tiny_module, tiny_trainer
 from torch.distributed.fsdp import fully_shard
 
+import lightning_qlora
 from lightning_qlora.callbacks import AdapterCheckpoint, RunGuard
 from lightning_qlora.model import load_base_model
 from lightning_qlora.modules.sft import SFTModule
@@ -255,3 +259,61 @@ def test_the_other_rank_does_not_outlive_a_killed_one(base, tmp_path, rank):
     assert second[0]["rows"] == calm[0]["rows"][4:]
     for rank in (0, 1):
         assert_equal(*(torch.load(tmp_path / name / f"{rank}.pt") for name in ("calm/calm", "run/second")))
+
+
+UNDER_TORCHRUN = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[3])
+import lightning as L
+from pathlib import Path
+from test_two_ranks import Report
+from tiny_run import TinyData, tiny_module, tiny_trainer
+from lightning_qlora.callbacks import AdapterCheckpoint, RunGuard
+
+base, root, fails = sys.argv[1], Path(sys.argv[2]), sys.argv[4]
+attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+
+class Fail(L.Callback):
+    def on_train_batch_start(self, trainer, module, batch, index):
+        step = {"SIGKILL": 2, "SIGTERM": 1}.get(fails)  # of 3; SIGTERM lets another one finish
+        if attempt == 0 and trainer.global_rank == 1 and trainer.global_step == step:
+            os.kill(os.getpid(), getattr(signal, fails))
+
+folder = root / f"attempt-{attempt}"
+folder.mkdir(exist_ok=True)
+L.seed_everything(attempt)
+publish = AdapterCheckpoint(root / "checkpoints", every_n_train_steps=1)
+options = {"devices": 2, "strategy": "ddp", "accumulate_grad_batches": 2, "max_epochs": 1}
+trainer = tiny_trainer(root, Fail(), RunGuard(), publish, Report(folder), **options)
+trainer.fit(tiny_module(base), datamodule=TinyData(batches=12), ckpt_path="last")
+"""
+
+
+def torchrun(base, root, fails):
+    """Run under torchrun, which starts again what failed; return the two ranks' last rows, and in which attempt."""
+    root.mkdir()
+    (root / "script.py").write_text(UNDER_TORCHRUN)
+    here = Path(__file__).parent
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1", "--standalone"]
+    command += [str(root / "script.py"), base, str(root), str(here), fails]
+    # Else the processes of the next attempt may find the addresses of the last one in the store that torchrun keeps.
+    path = f"{here.parent}:{Path(lightning_qlora.__file__).parents[1]}"
+    environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "PYTHONPATH": path}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    last = max(folder for folder in root.glob("attempt-*") if (folder / "0.json").is_file())
+    return last.name, [json.loads((last / f"{rank}.json").read_text()) for rank in (0, 1)], last
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("fails", ["SIGKILL", "SIGTERM"])
+def test_torchrun_goes_on_from_the_newest_by_itself(base, tmp_path, fails):
+    name, calm, folder = torchrun(base, tmp_path / "calm", "nothing")
+    assert name == "attempt-0"
+    name, ends, resumed = torchrun(base, tmp_path / "run", fails)
+    assert name == "attempt-1"
+    for rank in (0, 1):
+        done = len(calm[rank]["rows"]) - len(ends[rank]["rows"])
+        assert done in (2, 4)  # by SIGKILL the second checkpoint may not be there yet
+        assert ends[rank]["rows"] == calm[rank]["rows"][done:]
+        assert_equal(*(torch.load(path / f"{rank}.pt") for path in (folder, resumed)))
