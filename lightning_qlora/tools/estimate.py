@@ -82,7 +82,8 @@ def estimate(
     _check(tokens, document_length, supervised_share, world_size, [*memory_gib, reserve_gib])
     ranks = world_size or trainer.num_devices * trainer.num_nodes
     longest = document_length or getattr(datamodule, "max_length", None) or 2048
-    num_tokens = tokens or getattr(datamodule, "tokens_per_batch", None) or longest
+    whole_row = longest * getattr(datamodule, "documents_per_row", 1)  # a pair is two answers
+    num_tokens = tokens or getattr(datamodule, "tokens_per_batch", None) or whole_row
     longest = min(longest, num_tokens)
     build = _Builder(model, "cuda" if device == "gpu" else "cpu", trainer, strategy if ranks > 1 else "none", ranks)
     with redirect_stdout(sys.stderr):

@@ -223,3 +223,23 @@ def test_places_of_a_trainer(tmp_path):
     places = Places.of(tiny_trainer(tmp_path, enable_checkpointing=True, callbacks=savers))
     assert places.checkpoints == [(str(tmp_path / "x"), 7), ("memory://bucket/y", None)]
     assert places.others == [(str(tmp_path), "default_root_dir")]
+
+
+def test_preference_runs_are_tried_and_estimated_too(run, base, tmp_path):
+    pairs = [{"prompt": f"Hi {n}?", "chosen": "Hello! " * n, "rejected": "No."} for n in range(1, 12)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    config = {
+        "model": {"class_path": "PreferenceModule", "init_args": {"model_name": base}},
+        "data": {"class_path": "PreferenceDataModule", "init_args": {"train": "train.jsonl", "max_length": 128}},
+        "trainer": {"accelerator": "cpu", "max_epochs": 1, "default_root_dir": "run"},
+    }
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(config))
+
+    code, output, errors = run("fit", "--dry_run")
+    assert code == 0, output + errors
+    assert "ok      gradients" in output
+    assert "every lora_B" in output
+
+    code, output, errors = run("estimate", "--memory_gib=[8]", "--json")
+    assert code == 0, errors
+    assert json.loads(output)["num_tokens"] == 2 * 128  # both answers of a pair
