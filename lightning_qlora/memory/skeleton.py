@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedCon
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.quantizers.base import HfQuantizer
 
+from lightning_qlora.kernels.lora import fuse_lora, is_fused
 from lightning_qlora.model import Quantization, attach_adapters, resolve_quantization
 
 __all__ = ["build_base_skeleton", "build_skeleton", "skeleton_of"]
@@ -85,7 +86,10 @@ def skeleton_of(model: PeftModel) -> PeftModel:
     quantization = getattr(config, "quantization_config", None)
     if not isinstance(quantization, BitsAndBytesConfig):
         quantization = None
-    return build_skeleton(config, model.active_peft_config, quantization=quantization, dtype=base.dtype)
+    skeleton = build_skeleton(config, model.active_peft_config, quantization=quantization, dtype=base.dtype)
+    if is_fused(model):
+        fuse_lora(skeleton)
+    return skeleton
 
 
 def _quantise(model: Any, options: BitsAndBytesConfig, dtype: torch.dtype) -> None:

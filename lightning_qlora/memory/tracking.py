@@ -22,6 +22,13 @@ def _product_scratch(args: Sequence[Any]) -> int:
     return numel * int(args[0].dtype.itemsize) + 4 * -(numel // -blocksize)
 
 
+def _group_scratch(args: Sequence[Any]) -> int:
+    """``lora_products(x, weights, constants, biases, a, b, scales, blocksize, ...)`` dequantises weight by weight."""
+    x, b, blocksize = args[0], args[5], args[7]
+    numel = int(max(each.shape[0] for each in b) * x.shape[1])
+    return numel * int(x.dtype.itemsize) + 4 * -(numel // -int(blocksize))
+
+
 def _flash_scratch(args: Sequence[Any]) -> int:
     """The backward pass of flash attention sums the gradient of the queries in float32."""
     return 4 * int(args[1].numel())
@@ -36,6 +43,7 @@ def _varlen_scratch(args: Sequence[Any]) -> int:
 
 _HIDDEN: dict[str, Callable[[Sequence[Any]], int]] = {
     "bitsandbytes.gemm_4bit.default": _product_scratch,
+    "lightning_qlora.lora_products.default": _group_scratch,
     "aten._scaled_dot_product_flash_attention_backward.default": _flash_scratch,
     "torch_attn._varlen_attn_backward.default": _varlen_scratch,
 }

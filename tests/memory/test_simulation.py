@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import AutoConfig
 
 from lightning_qlora.kernels.attention import packed_attention_arguments, use_document_attention
+from lightning_qlora.kernels.lora import fuse_lora
 from lightning_qlora.losses.cross_entropy import head_cross_entropy
 from lightning_qlora.memory import SimulationError, build_skeleton, simulate_step
 from lightning_qlora.memory.simulation import _head
@@ -44,8 +45,10 @@ def lora_config(rank):
     return LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def build_real_step(folder, lengths, rank, plan):
+def build_real_step(folder, lengths, rank, plan, fused=False):
     model = attach_adapters(load_base_model(folder, dtype=torch.float32), lora_config(rank))
+    if fused:
+        fuse_lora(model)
     base = model.get_base_model()
     assert use_document_attention(base)
     set_activation_checkpointing(base, plan)
@@ -91,6 +94,21 @@ def test_a_real_step_holds_what_was_counted(family, lengths, rank, plan, shape, 
     skeleton = build_skeleton(AutoConfig.from_pretrained(folder), lora_config(rank), dtype=torch.float32)
 
     counted = simulate_step(skeleton, lengths, num_supervised, plan=plan, device="cpu")
+
+    assert counted.kept == pytest.approx(kept, rel=0.05)
+    assert max(counted.forward, counted.head) == pytest.approx(forward, rel=0.05)
+    assert counted.backward == pytest.approx(backward, rel=0.05)
+
+
+@pytest.mark.parametrize("plan", ["none", "selective", "full"])
+def test_fused_adapters_hold_what_was_counted(plan, tmp_path):
+    folder = save_tiny_model(tmp_path, **WIDE, num_hidden_layers=3)
+    step, num_supervised = build_real_step(folder, (100, 156), 16, plan, fused=True)
+    forward, kept, backward = measure(step)
+    skeleton = build_skeleton(AutoConfig.from_pretrained(folder), lora_config(16), dtype=torch.float32)
+    fuse_lora(skeleton)
+
+    counted = simulate_step(skeleton, (100, 156), num_supervised, plan=plan, device="cpu")
 
     assert counted.kept == pytest.approx(kept, rel=0.05)
     assert max(counted.forward, counted.head) == pytest.approx(forward, rel=0.05)

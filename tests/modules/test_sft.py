@@ -8,6 +8,7 @@ from peft import LoraConfig
 from tiny_models import FAMILIES, pack_batch, random_batch, save_tiny_model
 from torch.utils.data import DataLoader
 
+from lightning_qlora.kernels.lora import is_fused
 from lightning_qlora.modules import SFTModule
 
 
@@ -98,3 +99,28 @@ def test_metrics_weigh_each_token_the_same_however_the_rows_are_cut(tmp_path):
     loss = module.token_loss(whole[0])
     assert one["val_loss"] == pytest.approx(float(loss.loss_sum.detach()) / loss.num_tokens, rel=1e-5)
     assert one["val_perplexity"] == pytest.approx(math.exp(one["val_loss"]), rel=1e-5)
+
+
+@pytest.mark.parametrize("plan", ["none", "selective", "full"])
+def test_fused_adapters_train_alike_on_packed_documents(tmp_path, plan):
+    folder = save_tiny_model(tmp_path)
+    batch = random_batch((9, 5, 20))
+    losses, gradients = {}, {}
+    for fused in (False, True):
+        torch.manual_seed(0)
+        lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+        module = SFTModule(folder, lora=lora, activation_checkpointing=plan, fused_lora=fused)
+        module.configure_model()
+        assert is_fused(module) == fused
+        loss, gradients[fused] = loss_and_gradients(module, batch)
+        losses[fused] = loss.loss_sum.item()
+    assert losses[True] == pytest.approx(losses[False], rel=1e-5)
+    assert gradients[True].keys() == gradients[False].keys()
+    for name, gradient in gradients[False].items():
+        torch.testing.assert_close(gradients[True][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_fused_adapters_are_for_gpus_unless_asked_for(tmp_path):
+    module = SFTModule(save_tiny_model(tmp_path))
+    module.configure_model()
+    assert not is_fused(module)
