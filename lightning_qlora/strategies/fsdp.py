@@ -125,10 +125,20 @@ class FSDP2Strategy(ModelParallelStrategy):
         training = [module for module in model.modules() if module.training]
         model.eval()
         base(input_ids=torch.tensor([[0, 1]], device=self.root_device), use_cache=False)
-        assert isinstance(base, FSDPModule)
-        base.reshard()
+        self._let_go()
         for module in training:
             module.training = True
+
+    def _let_go(self) -> None:
+        """Drop what a forward pass without a backward pass has left gathered: embedding and head."""
+        if self._sharded is not None:
+            base: Any = base_model(self._sharded)
+            assert isinstance(base, FSDPModule)
+            base.reshard()
+
+    @override
+    def on_validation_end(self) -> None:
+        self._let_go()
 
     @override
     def model_to_device(self) -> None:

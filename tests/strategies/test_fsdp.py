@@ -1,0 +1,253 @@
+"""What FSDP2 keeps: the bytes of 4-bit weights, host memory, checkpoints, generation; on two gloo processes."""
+
+import hashlib
+import time
+
+import lightning as L
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from peft import PeftModel
+from tiny_models import random_batch, save_tiny_model
+from tiny_ranks import run_ranks
+from tiny_run import TinyData, tiny_module, tiny_trainer
+from torch.distributed.tensor import DTensor
+
+from lightning_qlora.callbacks import AdapterCheckpoint
+from lightning_qlora.model import load_base_model
+from lightning_qlora.modules import SFTModule
+from lightning_qlora.publishing import LocalStore
+from lightning_qlora.ranks import RankZeroError
+from lightning_qlora.strategies import FSDP2Strategy
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the forked processes; nothing here depends on warnings
+
+SEVERAL = {"devices": 2, "max_epochs": 1}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("base"))
+
+
+def digests(model):
+    """Of each 4-bit weight, whole, and of the constants that dequantise it."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Linear4bit):
+            weight, state = module.weight, module.quant_state
+            data = weight.full_tensor() if isinstance(weight, DTensor) else weight.data
+            parts = (data, state.absmax, state.state2.absmax, state.offset)
+            found[name.removesuffix(".base_layer")] = hashlib.sha256(
+                b"".join(p.cpu().reshape(-1).view(torch.uint8).numpy().tobytes() for p in parts)
+            ).hexdigest()
+    return found
+
+
+class Look(L.Callback):
+    """Looks at the base before and after training."""
+
+    def __init__(self):
+        self.digests, self.bytes = [], []
+
+    def look(self, module):
+        base = module.model.get_base_model()
+        self.digests.append(digests(base))
+        frozen = [p for p in base.parameters() if not p.requires_grad]
+        self.bytes.append(sum((p.to_local() if isinstance(p, DTensor) else p).nbytes for p in frozen))
+
+    def on_fit_start(self, trainer, module):
+        self.look(module)
+
+    def on_train_end(self, trainer, module):
+        self.look(module)
+
+
+def test_the_bytes_of_the_base_stay_and_each_rank_holds_half(base, tmp_path):
+    def run():
+        look = Look()
+        module = tiny_module(base)
+        tiny_trainer(tmp_path, look, strategy=FSDP2Strategy(), enable_checkpointing=False, **SEVERAL).fit(
+            module, datamodule=TinyData(batches=4)
+        )
+        prompts = torch.tensor([[5, 6, 7]]), torch.ones(1, 3, dtype=torch.int64)
+        batch = random_batch((5, 7))
+        with torch.no_grad():
+            loss = float(module.token_loss(batch).loss_sum)
+        # Ranks that stop at different lengths must still go through the same forward passes.
+        module.stop_token_ids = tuple(range(400)) if module.global_rank else ()
+        answer = module.generate(*prompts, max_new_tokens=6)
+        return {"digests": look.digests, "bytes": look.bytes, "loss": loss, "length": len(answer[0])}
+
+    whole = load_base_model(base)
+    expected, size = digests(whole), sum(p.nbytes for p in whole.parameters())
+    ranks = run_ranks(tmp_path / "ranks", run)
+    for found in ranks:
+        assert found["digests"] == [expected, expected]
+        assert found["bytes"] == [pytest.approx(size / 2, rel=0.01)] * 2
+        assert found["loss"] == ranks[0]["loss"]
+    assert ranks[0]["length"] == 6
+    assert ranks[1]["length"] < 6
+
+
+# Checkpoints
+
+
+class State(L.Callback):
+    """The losses of each micro-batch, and what is trained in the end."""
+
+    def __init__(self):
+        self.rows, self.losses = [], []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, index):
+        self.rows.append(list(batch["row_ids"]))
+        self.losses.append(float(outputs["loss"]))
+
+
+def train(base, root, *callbacks, strategy, devices, ckpt_path=None, seed=0, **options):
+    L.seed_everything(seed)
+    state = State()
+    module = tiny_module(base, dropout=0.0, lr_scheduler=None)
+    checkpoint = AdapterCheckpoint(root / "checkpoints", every_n_train_steps=2, save_top_k=-1)
+    trainer = tiny_trainer(root, checkpoint, state, *callbacks, strategy=strategy, devices=devices, **options)
+    trainer.fit(module, datamodule=TinyData(batches=8), ckpt_path=ckpt_path)
+    trained = {n: p.detach() for n, p in module.named_parameters() if p.requires_grad}
+    trained = {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in trained.items()}
+    return {"trained": trained, "rows": state.rows, "losses": state.losses, "step": trainer.global_step}
+
+
+def fit_on(ranks, folder, make_strategy, run):
+    if ranks == 1:
+        return [run(strategy="auto", devices=1)]
+    return run_ranks(folder, lambda: run(strategy=make_strategy(), devices=ranks))
+
+
+def newest(root):
+    return LocalStore(root / "checkpoints").newest_valid()
+
+
+def ddp():
+    return "ddp_qlora"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "strategy"),
+    [
+        (2, FSDP2Strategy),
+        pytest.param(1, None, marks=pytest.mark.slow),
+        pytest.param(2, ddp, marks=pytest.mark.slow),
+    ],
+    ids=["2 sharded", "1", "2 whole"],
+)
+def test_a_checkpoint_of_two_shards_resumes_on(base, tmp_path, ranks, strategy):
+    """The end of an epoch is where any number of ranks may go on."""
+
+    def fit(root, **options):
+        return lambda **where: train(base, root, **where, **options)
+
+    first = run_ranks(tmp_path / "1", lambda: fit(tmp_path / "a", max_epochs=1)(strategy=FSDP2Strategy(), devices=2))
+    published = newest(tmp_path / "a")
+    resumed = fit_on(
+        ranks,
+        tmp_path / "2",
+        strategy,
+        fit(tmp_path / "a", max_epochs=2, ckpt_path=f"{published.path}/trainer.ckpt", seed=9),
+    )
+    assert resumed[0]["step"] == first[0]["step"] + 8 // ranks
+    if ranks == 2:  # the same steps as without a stop
+        calm = run_ranks(tmp_path / "3", lambda: fit(tmp_path / "b", max_epochs=2)(strategy=FSDP2Strategy(), devices=2))
+        for a, b in zip(resumed, calm, strict=True):
+            assert a["losses"] == pytest.approx(b["losses"][4:], rel=1e-5)
+            for name, value in b["trained"].items():
+                torch.testing.assert_close(a["trained"][name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_distributed_checkpoints_resume(base, tmp_path):
+    def fit(name, **options):
+        make = lambda: FSDP2Strategy(save_distributed_checkpoint=True)  # noqa: E731
+        return run_ranks(tmp_path / name, lambda: train(base, tmp_path / "run", strategy=make(), devices=2, **options))
+
+    fit("first", max_epochs=1)
+    resumed = fit("second", max_epochs=2, ckpt_path="last", seed=9)
+    assert [r["step"] for r in resumed] == [8, 8]
+
+
+def test_it_publishes_the_folder_that_ddp_publishes(base, tmp_path):
+    """Steps are equal up to rounding, so values are; names, shapes and dtypes are the same, and PEFT loads both."""
+    adapters = {}
+    for name, make in (("ddp", ddp), ("fsdp", FSDP2Strategy)):
+        fit = lambda m=make, n=name: train(base, tmp_path / n, strategy=m(), devices=2, max_epochs=1)  # noqa: E731
+        run_ranks(tmp_path / f"{name}-ranks", fit)
+        published = newest(tmp_path / name)
+        model = PeftModel.from_pretrained(load_base_model(base), published.path)
+        adapters[name] = {n: p for n, p in model.named_parameters() if "lora_" in n}, sorted(published.files)
+    assert adapters["fsdp"][1] == adapters["ddp"][1]
+    assert adapters["fsdp"][0].keys() == adapters["ddp"][0].keys()
+    for name, value in adapters["ddp"][0].items():
+        torch.testing.assert_close(adapters["fsdp"][0][name], value, rtol=1e-2, atol=1e-4)
+
+
+class FullDisk(AdapterCheckpoint):
+    def _describe(self, trainer):
+        raise OSError(28, "No space left on device")
+
+
+@pytest.mark.slow
+def test_no_rank_hangs_when_saving_fails_on_one(base, tmp_path):
+    def run():
+        checkpoint = FullDisk(tmp_path / "checkpoints", every_n_train_steps=1)
+        trainer = tiny_trainer(tmp_path, checkpoint, strategy=FSDP2Strategy(), **SEVERAL)
+        try:
+            trainer.fit(tiny_module(base), datamodule=TinyData(batches=4))
+        except (OSError, RankZeroError) as error:
+            return type(error).__name__
+        return "trained"
+
+    assert run_ranks(tmp_path / "ranks", run) == ["OSError", "RankZeroError"]
+
+
+# Memory of the host
+
+
+class Slow(SFTModule):
+    """Notes when its base is loaded and when the whole of it is gone."""
+
+    def load_base(self, device):
+        self.times = [time.monotonic()]
+        time.sleep(0.3)
+        return super().load_base(device)
+
+    def configure_optimizers(self):
+        self.times.append(self.sharded)
+        return super().configure_optimizers()
+
+
+def test_in_turn_one_rank_has_let_go_before_the_next_one_loads(base, tmp_path):
+    class Noting(FSDP2Strategy):
+        def shard(self, model):
+            super().shard(model)
+            self.lightning_module.sharded = time.monotonic()
+
+    def run():
+        module = tiny_module(base, kind=Slow)
+        strategy = Noting(load_in_turn=True)
+        trainer = tiny_trainer(tmp_path, strategy=strategy, enable_checkpointing=False, **SEVERAL)
+        trainer.fit(module, datamodule=TinyData(batches=2))
+        return module.times
+
+    (_, first_ends), (second_begins, _) = run_ranks(tmp_path / "ranks", run)
+    assert first_ends <= second_begins
+
+
+@pytest.mark.slow
+def test_offloaded_parts_train_alike(base, tmp_path):
+    found = {}
+    for offload in (False, True):
+
+        def run(offload=offload):
+            strategy = FSDP2Strategy(cpu_offload=offload)
+            return train(base, tmp_path / str(offload), strategy=strategy, devices=2, max_epochs=1)
+
+        found[offload] = run_ranks(tmp_path / f"{offload}-ranks", run)[0]
+    assert found[True]["losses"] == pytest.approx(found[False]["losses"], rel=1e-5)
