@@ -166,8 +166,8 @@ class CausalLMModule(L.LightningModule):
 
     @override
     def setup(self, stage: str) -> None:
-        _check_precision(self.trainer)
         check_strategy(self.trainer.strategy)
+        _check_precision(self.trainer)
         read_checkpoints_without_pickle(self.trainer)
 
     @override
