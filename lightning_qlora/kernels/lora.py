@@ -160,7 +160,7 @@ class FusedLinear4bit(Linear4bit):
             and b.bias is None
             and (base.bias is None or not base.bias.requires_grad)
             and not isinstance(a.weight, DTensor)
-            and not getattr(base.weight.quant_state, "packing_format_for_cpu", False)
+            and not getattr(_state_of(base), "packing_format_for_cpu", False)
         )
 
 
@@ -192,7 +192,7 @@ class _Group:
 
 def _products(x: Tensor, members: Sequence[Any]) -> list[Tensor]:
     names = [member.active_adapters[0] for member in members]
-    states = [member.base_layer.weight.quant_state for member in members]
+    states = [_state_of(member.base_layer) for member in members]
     outputs = torch.ops.lightning_qlora.lora_products(
         x.reshape(-1, x.shape[-1]),
         [member.base_layer.weight for member in members],
@@ -205,6 +205,12 @@ def _products(x: Tensor, members: Sequence[Any]) -> list[Tensor]:
         states[0].quant_type,
     )
     return [output.view(*x.shape[:-1], output.shape[-1]) for output in outputs[1:]]
+
+
+def _state_of(base: Any) -> QuantState:
+    """Return what dequantises a layer's weight; a weight that was gathered from its shards has lost it."""
+    state: QuantState = getattr(base.weight, "quant_state", None) or base.quant_state
+    return state
 
 
 def _constants(state: QuantState) -> list[Tensor]:

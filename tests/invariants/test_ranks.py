@@ -125,12 +125,16 @@ CASES = {
     "short window": (sft_module, lambda: sft_batches(1), sft_filler, 3, {}),
     "filler": (sft_module, lambda: sft_batches(3), sft_filler, 1, {}),
     "kept activations": (sft_module, lambda: sft_batches(3), sft_filler, 2, {"activation_checkpointing": "none"}),
+    "selective": (sft_module, lambda: sft_batches(3), sft_filler, 2, {"activation_checkpointing": "selective"}),
+    "offload": (sft_module, lambda: sft_batches(3), sft_filler, 2, {"activation_checkpointing": "offload"}),
+    "auto": (sft_module, lambda: sft_batches(3), sft_filler, 2, {"activation_checkpointing": "auto"}),
     "trained rows": (sft_module, lambda: sft_batches(3), sft_filler, 2, {"lora": {"trainable_token_indices": [7, 9]}}),
     "trained head": (sft_module, lambda: sft_batches(3), sft_filler, 2, {"lora": {"modules_to_save": ["lm_head"]}}),
+    "fused adapters": (sft_module, lambda: sft_batches(3), sft_filler, 2, {"fused_lora": True}),
     "preferences": (dpo_module, lambda: pair_batches(2), filler_batch, 2, {}),
 }
 FAST = [
-    ("one batch", "fsdp"),
+    ("fused adapters", "fsdp"),
     ("short window", "ddp"),
     ("filler", "fsdp"),
     ("preferences", "ddp"),
