@@ -4,6 +4,7 @@ import lightning as L
 import pytest
 import torch
 from peft import LoraConfig
+from tiny_adapters import write_adapter
 from tiny_models import pack_batch, save_tiny_model
 from tiny_preferences import filler_batch, pair_batches, tiny_preference_module
 from tiny_ranks import run_ranks
@@ -143,8 +144,9 @@ FAST = [
 ALL = [(case, strategy) for case in CASES for strategy in STRATEGIES]
 
 
-def check(case, strategy, base, folder):
+def check(case, strategy, base, folder, **more):
     make, batches, filler, accumulate, options = CASES[case]
+    options = options | more
     data = Ranks(batches(), filler())
     # One device takes the whole step of two ranks: twice the micro-batches, in the same order.
     steps = -(-len(data.batches) // (2 * accumulate))
@@ -173,3 +175,11 @@ def test_two_ranks_take_the_steps_of_one_in_every_case(base, tmp_path, case, str
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_a_shared_embedding_and_head_stay_one(tied, tmp_path, strategy):
     check("trained rows", strategy, tied, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_preferences_from_an_adapter(base, tmp_path, strategy):
+    """The reference is a second adapter then, frozen, and switched to in each step."""
+    adapter = write_adapter(tmp_path / "adapter", base, task_type="CAUSAL_LM")
+    check("preferences", strategy, base, tmp_path / "ranks", adapter=adapter)
