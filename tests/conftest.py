@@ -5,7 +5,11 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's library is imported; no test may reach for a network
 
 import bitsandbytes.functional
+import huggingface_hub.constants
 import torch
+
+# A plugin of pytest may have imported the library by now; then the variable above comes too late for it.
+huggingface_hub.constants.HF_HUB_OFFLINE = True
 
 # Tests compare numbers, so they compute in float32 on every machine, as on a CPU without AVX512-BF16.
 bitsandbytes.functional.has_avx512bf16 = lambda: False

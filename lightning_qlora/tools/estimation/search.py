@@ -30,7 +30,7 @@ def largest_that_fits(peak: Callable[[int], int], budget: int, *, step: int = 1)
         low, low_peak = high, high_peak
         if high * step >= _LARGEST:
             return high * step  # more than anyone asks for
-        high *= 2
+        high *= 4
         high_peak = peak(high * step)
     aim = budget * (1 - _ENOUGH / 2)  # the middle of what is near enough, so that no curvature keeps missing it
     for trial in itertools.count():
