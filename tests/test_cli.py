@@ -164,7 +164,7 @@ def test_print_config_round_trips(run):
     ("argument", "words"),
     [
         ("--help", ["--trainer.max_steps", "--model", "--data"]),
-        ("--model.help=SFTModule", ["--model.lora", "recompute each layer", "--model.quantization"]),
+        ("--model.help=SFTModule", ["--model.lora", "The gradients are the same", "--model.quantization"]),
         ("--data.help=SFTDataModule", ["--data.max_length", "Most tokens of a row"]),
     ],
 )
