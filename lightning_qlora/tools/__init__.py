@@ -14,7 +14,18 @@ from lightning_qlora.tools.inspect_data import inspect_data
 from lightning_qlora.tools.merge import merge
 from lightning_qlora.tools.plot import plot
 
-__all__ = ["PLANNING_TOOLS", "TOOLS", "compare", "dry_run", "estimate", "export", "generate", "inspect_data", "merge", "plot"]
+__all__ = [
+    "PLANNING_TOOLS",
+    "TOOLS",
+    "compare",
+    "dry_run",
+    "estimate",
+    "export",
+    "generate",
+    "inspect_data",
+    "merge",
+    "plot",
+]
 
 TOOLS: dict[str, Callable[..., Any]] = {
     "compare": compare,

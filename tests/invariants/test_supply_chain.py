@@ -160,7 +160,7 @@ def test_code_of_a_tokenizer_does_not_run(base, tmp_path):
     try:
         load_tokenizer(folder)  # with the class that transformers has for it, or not at all
     except ValueError as error:
-        assert "trust_remote_code" in str(error)
+        assert "trust_remote_code" in str(error)  # noqa: PT017 - either is right; that no code ran is checked after
 
 
 def test_code_for_generation_does_not_run(base, tmp_path):
@@ -219,7 +219,8 @@ def test_an_adapters_configuration_imports_nothing(base, tmp_path, options):
     try:
         identify(load_adapter(load_base_model(base), tmp_path / "a"))
     except (ValueError, KeyError, ImportError) as error:
-        assert "sentinel_module" in str(error) or "megatron" in str(error)  # refused by name
+        named = "sentinel_module" in str(error) or "megatron" in str(error)
+        assert named  # noqa: PT017 - loading it without the module is right too
 
 
 HYPER_PARAMETERS = [
