@@ -220,7 +220,7 @@ def test_an_adapters_configuration_imports_nothing(base, tmp_path, options):
         identify(load_adapter(load_base_model(base), tmp_path / "a"))
     except (ValueError, KeyError, ImportError) as error:
         named = "sentinel_module" in str(error) or "megatron" in str(error)
-        assert named  # noqa: PT017 - loading it without the module is right too
+        assert named  # loading it without the module is right too
 
 
 HYPER_PARAMETERS = [
