@@ -40,9 +40,10 @@ from typing_extensions import override  # noqa: E402
 from lightning_qlora import PerformanceMonitor, SFTModule  # noqa: E402
 from lightning_qlora.data.collators import Document, PackedCollator  # noqa: E402
 from lightning_qlora.data.packing import pack_documents  # noqa: E402
+from lightning_qlora.kernels.compilation import compile_parts  # noqa: E402
 from lightning_qlora.kernels.lora import is_fused  # noqa: E402
 from lightning_qlora.memory import MemoryModel, build_optimizer, optimizer_memory, skeleton_of  # noqa: E402
-from lightning_qlora.model import attach_adapters, nf4, set_activation_checkpointing  # noqa: E402
+from lightning_qlora.model import attach_adapters, checkpointed_layers, nf4, set_activation_checkpointing  # noqa: E402
 
 IMPORTED = time.perf_counter()
 GIB = 2**30
@@ -75,6 +76,8 @@ SHRUNK = 32  # a tiny shape has rows of so many times fewer tokens
 
 SUITE = [
     "gate full2k --plan none", "gate chat2k_pack --plan selective", "gate full2k --plan offload",
+    "gate full2k --plan full --compile_layers", "run full2k --plan full --compile_layers",
+    "run full2k --plan none --compile_layers", "run chat2k_pack --plan full --compile_layers",
     "run full2k --plan none", "run full2k --plan none --fused_lora false",
     "run full2k --plan full", "run full2k --plan full --fused_lora false",
     "run full2k --plan selective", "run full2k --plan offload", "run full2k --plan auto",
@@ -179,7 +182,7 @@ def make_module(options: argparse.Namespace) -> Module:
     fused = {"true": True, "false": False, "auto": "auto"}[options.fused_lora]
     module = Module(
         "random", lora=lora, lr=2e-4, lr_scheduler=None, activation_checkpointing=options.plan, fused_lora=fused,
-        untrained_tokens="ignore",
+        untrained_tokens="ignore", compile_layers=options.compile_layers,
     )  # fmt: skip
     module.shape = options.shape
     return module
@@ -313,6 +316,8 @@ def gate(options: argparse.Namespace) -> dict[str, Any]:
     batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
     module = make_module(options)
     module.configure_model()
+    if options.compile_layers:  # fit does so once it has chosen a plan
+        compile_parts(checkpointed_layers(module.model.get_base_model()), module.layer_plan or "full")
     autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
     with autocast:
         loss = module.token_loss(batch)
@@ -429,6 +434,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("case", nargs="?", choices=sorted(CASES), default="full2k")
     parser.add_argument("--plan", default="full", choices=["none", "selective", "full", "offload", "auto"])
     parser.add_argument("--fused_lora", default="auto", choices=["auto", "true", "false"])
+    parser.add_argument("--compile_layers", action="store_true")
     parser.add_argument("--cap_gib", type=float, help="share of the GPU's memory that the process may take")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=14)

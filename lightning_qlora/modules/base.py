@@ -26,6 +26,7 @@ from lightning_qlora.checkpoint_io import read_checkpoints_without_pickle
 from lightning_qlora.identity import check_adapter
 from lightning_qlora.kernels.attention import use_document_attention
 from lightning_qlora.kernels.checkpointing import PLANS, MixedPlan, Plan
+from lightning_qlora.kernels.compilation import compile_parts
 from lightning_qlora.kernels.lora import fuse_lora_if_equal
 from lightning_qlora.loop_state import repair_loops
 from lightning_qlora.memory import choose_plan
@@ -33,6 +34,7 @@ from lightning_qlora.model import (
     Quantization,
     attach_adapters,
     base_model,
+    checkpointed_layers,
     compute_dtype,
     load_adapter,
     load_base_model,
@@ -83,6 +85,8 @@ class CausalLMModule(L.LightningModule):
             fits the memory then free, layer by layer. The gradients are the same.
         fused_lora: Add plain LoRA inside the products of 4-bit layers, in place of PEFT's own code, with equal results
             up to rounding; auto does so on GPUs. Other adapters, and dropout, run PEFT's code in any case.
+        compile_layers: Compile norms and MLPs with torch.compile, for faster steps after a first one that takes up to a
+            minute, less where the cache has the kernels. Not in layers whose plan is selective.
         untrained_tokens: What to do when the chat template writes control tokens that the base was never trained on:
             refuse, train their embedding rows (auto), or go on regardless (ignore).
         dtype: Of everything that is not quantised: float32, bfloat16 or float16; null chooses by hardware.
@@ -110,6 +114,7 @@ class CausalLMModule(L.LightningModule):
         lr_scheduler: Callable[[Optimizer, int], LRScheduler] | None = WarmupCosine,
         activation_checkpointing: Literal["none", "selective", "full", "offload", "auto"] = "full",
         fused_lora: bool | Literal["auto"] = "auto",
+        compile_layers: bool = False,
         untrained_tokens: Literal["refuse", "auto", "ignore"] = "refuse",
         dtype: Literal["float32", "bfloat16", "float16"] | None = None,
         attn_implementation: str | None = None,
@@ -135,6 +140,7 @@ class CausalLMModule(L.LightningModule):
         self.lr_scheduler = lr_scheduler
         self.activation_checkpointing = activation_checkpointing
         self.fused_lora = fused_lora
+        self.compile_layers = compile_layers
         self.untrained_tokens = untrained_tokens
         self.base_dtype: torch.dtype | None = getattr(torch, dtype) if dtype else None
         self.attn_implementation = attn_implementation
@@ -281,6 +287,8 @@ class CausalLMModule(L.LightningModule):
         check_is_sharded(self.trainer.strategy, trained)
         optimizer = self.optimizer(trained)
         self._choose_plan(optimizer)
+        if self.compile_layers and self.model is not None:
+            compile_parts(checkpointed_layers(base_model(self.model)), self.layer_plan or "full")
         if self.lr is not None:
             for group in optimizer.param_groups:
                 group["lr"] = self.lr
