@@ -50,6 +50,7 @@ def optimizer_memory(optimizer: Optimizer, *, on_gpu: bool = True) -> OptimizerM
         return OptimizerMemory(_state_bytes(optimizer.state.values()))
     shadow: Any = object.__new__(type(optimizer))  # copy.copy would leave out what a subclass added
     vars(shadow).update(vars(optimizer))
+    vars(shadow).pop("step", None)  # schedulers put one there that steps the original
     shadow.state = defaultdict(dict)
     shadow.param_groups = [_shadow_group(group, on_gpu) for group in optimizer.param_groups]
     parameters = [p for group in shadow.param_groups for p in group["params"]]

@@ -75,3 +75,13 @@ def test_scratch_of_a_step_over_all_parameters_at_once():
 
 def test_an_optimizer_that_needs_numbers_is_taken_for_two_moments():
     assert optimizer_memory(build_optimizer(optim.Adafactor, Parameters())) == OptimizerMemory(8 * NUMEL)
+
+
+def test_a_schedule_on_the_optimizer_changes_nothing_and_is_not_stepped():
+    optimizer = optim.AdamW([nn.Parameter(torch.zeros(100, 10))], lr=1e-3)
+    plain = optimizer_memory(optimizer)
+    schedule = optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    assert optimizer_memory(optimizer) == plain
+    assert plain.state > 8 * 1000
+    assert not getattr(schedule.optimizer, "_opt_called", False)
+    assert not optimizer.state
