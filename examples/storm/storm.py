@@ -345,6 +345,8 @@ class Storm:
             "kill": {-signal.SIGKILL},
             "kill in a save": {-signal.SIGKILL},
         }.get(kind, {143} if attempt.batches else {143, -signals})  # RunGuard listens from the start of training
+        if steps[1] == self.num_steps:
+            allowed.add(0)  # the incident came too late: there was nothing left to train
         if attempt.code not in allowed:
             self.problems.append(f"attempt {number} ({kind}) ended with {attempt.code}: {attempt.error}")
         if steps[1] < steps[0]:

@@ -214,7 +214,7 @@ def test_any_row_keeps_its_answers_and_one_prompt_or_is_refused(batch, max_lengt
             assert len(side.input_ids) <= max_length
             if overlong != "keep_start":
                 assert answer_of(side) == answer_of(full_side)
-            assert answer_of(full_side).startswith(answer_of(side))
+            assert answer_of(full_side).startswith(answer_of(side).rstrip("\ufffd"))  # of a character cut in two
             assert answer_of(side)
     chunk = encoder(0, batch)
     report = chunk.report
