@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -47,8 +48,8 @@ class SupervisedForward:
         self.isolates_documents = isolates_documents
         base = base_model(model)
         head = Head(base.get_output_embeddings(), getattr(base.config, "final_logit_softcapping", None))
-        self.head: Head | None = head if _head_is_plain(base, head) else None
-        self.keeps_documents_apart = self._keeps_documents_apart()
+        is_plain, self.keeps_documents_apart = _probe(base, head, isolates_documents)
+        self.head: Head | None = head if is_plain else None
 
     def __call__(self, batch: SFTBatch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Return (N, D) hidden states and the head that maps (n, D) to (n, V) logits.
@@ -71,7 +72,7 @@ class SupervisedForward:
         if len(batch["document_lengths"]) > 1 and not self.keeps_documents_apart:
             raise MisconfigurationException(
                 f"In {name} packed documents would read one another: its layers carry more than attention from token "
-                "to token, or the attention_implementation ignores where documents begin. Write --data.packing=false."
+                "to token, or its attn_implementation ignores where documents begin. Write --data.packing=false."
             )
         if self.isolates_documents:
             return inputs | packed_attention_arguments(batch["input_ids"], batch["document_lengths"], shared)
@@ -81,31 +82,6 @@ class SupervisedForward:
                 "Write --data.share_prompts=false, or leave attn_implementation out."
             )
         return inputs
-
-    @torch.no_grad()
-    def _keeps_documents_apart(self) -> bool:
-        """Whether a document comes out the same behind another one as alone.
-
-        Attention does that by the lengths or the positions it is given; recurrent and convolutional layers (Mamba,
-        LFM2, ...) go on over the border. Two documents of two tokens tell, for any family there will be.
-        """
-        base: Any = base_model(self.model)
-        if base._is_stateful:
-            return False
-        ids_BL = torch.tensor([[0, 1, 1, 0]], device=base.get_output_embeddings().weight.device)
-        position_BL = torch.tensor([[0, 1, 0, 1]], device=ids_BL.device)
-        inputs: dict[str, Any] = {"input_ids": ids_BL, "position_ids": position_BL}
-        if self.isolates_documents:
-            inputs |= packed_attention_arguments(ids_BL, (2, 2))
-        training = base.training
-        base.eval()
-        try:
-            behind = base(**inputs, use_cache=False).logits[0, 2:].float()
-            alone = base(input_ids=ids_BL[:, 2:], position_ids=position_BL[:, 2:], use_cache=False).logits[0].float()
-        finally:
-            base.train(training)
-        tolerance = 1e-4 if base.dtype.itemsize >= 4 else 3e-2
-        return bool((behind - alone).norm() <= tolerance * alone.norm())
 
 
 def _call_through(outer: nn.Module, inner: Callable[..., Any], **inputs: Any) -> Any:
@@ -125,17 +101,34 @@ def _call_through(outer: nn.Module, inner: Callable[..., Any], **inputs: Any) ->
 
 
 @torch.no_grad()
-def _head_is_plain(base: Any, head: Head) -> bool:
-    """Whether this family's logits are just the head of the decoder's hidden states.
+def _probe(base: Any, head: Head, isolates_documents: bool) -> tuple[bool, bool]:
+    """Find out by a document of two tokens, for any family there will be, what its forward may be replaced by.
 
-    Some families scale or offset their logits besides. Two tokens through both ways tell, for any family there will be.
+    Returns:
+        Whether its logits are just the head of the decoder's hidden states: some families scale or offset them
+        besides. And whether a document comes out the same behind another one as alone: attention sees to that by the
+        lengths or the positions it is given; recurrent and convolutional layers (Mamba, LFM2, ...) go on over the
+        border.
     """
-    ids_BL = torch.tensor([[0, 1]], device=head.output_embeddings.weight.device)  # type: ignore[arg-type]
+    ids_BL = torch.tensor([[1, 0, 0, 1]], device=head.output_embeddings.weight.device)  # type: ignore[arg-type]
+    alone: dict[str, Any] = {"input_ids": ids_BL[:, 2:], "use_cache": False}
+    behind: dict[str, Any] = {
+        "input_ids": ids_BL,
+        "position_ids": ids_BL.new_tensor([[0, 1, 0, 1]]),
+        "use_cache": False,
+    }
+    if isolates_documents:
+        behind |= packed_attention_arguments(ids_BL, (2, 2))
     training = base.training
     base.eval()
     try:
-        expected = base(input_ids=ids_BL, use_cache=False).logits
-        found = head(base.get_decoder()(input_ids=ids_BL, use_cache=False).last_hidden_state)
+        expected = base(**alone).logits
+        by_head = head(base.get_decoder()(**alone).last_hidden_state)
+        distance = math.inf if base._is_stateful else float((base(**behind).logits[:, 2:] - expected).float().norm())
     finally:
         base.train(training)
-    return found.shape == expected.shape and torch.allclose(found.float(), expected.float(), rtol=1e-3, atol=1e-4)
+    is_plain = by_head.shape == expected.shape and torch.allclose(
+        by_head.float(), expected.float(), rtol=1e-3, atol=1e-4
+    )
+    tolerance = 1e-4 if base.dtype.itemsize >= 4 else 3e-2
+    return is_plain, distance <= tolerance * float(expected.float().norm())
