@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -48,16 +48,8 @@ class AnswerDocuments(Documents):
     def __len__(self) -> int:
         return len(self.prepared) + (0 if self.partners is None else len(self.partners))
 
-    @overload
-    def __getitem__(self, index: int) -> Document: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Document]: ...
     @override
-    def __getitem__(self, index: int | slice) -> Document | list[Document]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not 0 <= index < len(self):
-            raise IndexError(index)
+    def _read(self, index: int) -> Document:
         if index < len(self.prepared):
             return self.prepared[index]
         row = index - len(self.prepared)

@@ -81,6 +81,22 @@ class DocumentWriter:
 class Documents(Sequence[Document]):
     """Numbered documents that batches are made of."""
 
+    @overload
+    def __getitem__(self, index: int) -> Document: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Document]: ...
+    @override
+    def __getitem__(self, index: int | slice) -> Document | list[Document]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self._read(index)
+
+    @abstractmethod
+    def _read(self, index: int) -> Document:
+        """Return the document of a number that exists."""
+
     @property
     @abstractmethod
     def lengths(self) -> npt.NDArray[np.int64]:
@@ -119,16 +135,8 @@ class PreparedDocuments(Documents):
     def __len__(self) -> int:
         return int(self._chunk_starts[-1])
 
-    @overload
-    def __getitem__(self, index: int) -> Document: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Document]: ...
     @override
-    def __getitem__(self, index: int | slice) -> Document | list[Document]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not 0 <= index < len(self):
-            raise IndexError(index)
+    def _read(self, index: int) -> Document:
         chunk = int(np.searchsorted(self._chunk_starts, index, side="right")) - 1
         row = index - int(self._chunk_starts[chunk])
         ids = _row(self._ids[chunk], row)
