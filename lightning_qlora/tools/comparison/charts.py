@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from markupsafe import Markup, escape
 
-from lightning_qlora.tools.html import visible
+from lightning_qlora.tools.html import round_ticks, visible
 
 __all__ = ["Group", "Interval", "draw_intervals"]
 
@@ -53,7 +52,7 @@ def draw_intervals(groups: Sequence[Group], title: str, *, bounds: tuple[float, 
 
     height = base + _BOTTOM
     parts = [f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escape(visible(title))}">']
-    for value in _ticks(low, high):
+    for value in round_ticks(low, high):
         parts.append(f'<line class="grid" x1="{x(value):.1f}" x2="{x(value):.1f}" y1="{_TOP}" y2="{base}"/>')
         parts.append(f'<text x="{x(value):.1f}" y="{base + 18}" text-anchor="middle">{value:g}</text>')
     if zero:
@@ -82,12 +81,3 @@ def _draw(interval: Interval, ends: tuple[float, float, float], y: float, label:
 def _shorten(label: str) -> str:
     limit = int(_LONGEST_LABEL / _LETTER)
     return label if len(label) <= limit else label[: limit - 1] + "…"
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Return about five round numbers between two."""
-    rough = (high - low) / 5
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough)
-    first = math.ceil(low / step - 1e-9)
-    return [round(step * n, 10) for n in range(first, math.floor(high / step + 1e-9) + 1)]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from markupsafe import Markup, escape
 
+from lightning_qlora.tools.html import round_ticks
 from lightning_qlora.tools.plotting.panels import Panel, format_value
 from lightning_qlora.tools.plotting.reading import Series
 
@@ -130,7 +131,7 @@ def _horizontal(low: int, high: int) -> tuple[Callable[[float], float], list[flo
     def x(step: float) -> float:
         return _LEFT + (_WIDTH - _LEFT - _RIGHT) * (step - low) / span
 
-    return x, [tick for tick in _round_ticks(low, low + span) if tick == round(tick)]
+    return x, [tick for tick in round_ticks(low, low + span) if tick == round(tick)]
 
 
 def _vertical(low: float, high: float) -> tuple[Callable[[float], float], list[float]]:
@@ -148,13 +149,4 @@ def _vertical(low: float, high: float) -> tuple[Callable[[float], float], list[f
         low = 0.0
     margin = 0.06 * (high - low) or abs(high) * 0.1 or 1.0
     bottom, top = low if low == 0 else low - margin, high + margin
-    return lambda value: _TOP + inner * (1 - (value - bottom) / (top - bottom)), _round_ticks(bottom, top)
-
-
-def _round_ticks(low: float, high: float) -> list[float]:
-    """Return about five round numbers between two."""
-    rough = (high - low) / 5
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough)
-    first = math.ceil(low / step - 1e-9)
-    return [round(step * number, 12) for number in range(first, math.floor(high / step + 1e-9) + 1)]
+    return lambda value: _TOP + inner * (1 - (value - bottom) / (top - bottom)), round_ticks(bottom, top)
