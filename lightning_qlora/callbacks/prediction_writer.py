@@ -12,6 +12,8 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
+from lightning_qlora.evaluation.files import write_whole
+
 __all__ = ["PredictionWriter"]
 
 
@@ -65,10 +67,8 @@ class PredictionWriter(BasePredictionWriter):
                 loader, index, row = json.loads(line)
                 rows[loader, index] = row
         target = Path(trainer.default_root_dir) / self.path
-        staging = target.with_name(f".{target.name}.part")
         text = "".join(json.dumps(rows[key], ensure_ascii=False) + "\n" for key in sorted(rows))
-        staging.write_text(text, encoding="utf-8")
-        staging.replace(target)
+        write_whole(target, text)
         for part in parts:
             part.unlink()
         rank_zero_info(f"{len(rows)} answers written to {target}.")

@@ -164,8 +164,7 @@ class CausalLMModule(L.LightningModule):
     def hparams_initial(self) -> Any:
         """What loggers write down: the hyperparameters without their secrets."""
         initial = super().hparams_initial
-        for name, value in scrub(dict(initial)).items():
-            initial[name] = value
+        initial.update(scrub(dict(initial)))
         return initial
 
     # Building

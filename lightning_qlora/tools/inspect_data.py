@@ -10,6 +10,7 @@ from pathlib import Path
 
 import lightning as L
 
+from lightning_qlora.evaluation.files import write_whole
 from lightning_qlora.tools.inspection.findings import Inspection
 from lightning_qlora.tools.inspection.gathering import gather
 from lightning_qlora.tools.inspection.page import render_page
@@ -100,7 +101,7 @@ def inspect_data(
         )
     found = replace(found, verdicts=judge(found, thresholds))
     if html:
-        _write_page(html, found.with_samples(html_samples))
+        write_whole(Path(html).expanduser(), render_page(found.with_samples(html_samples)))
     _print(found.with_samples(samples), json, color)
     if found.missed:
         raise ValueError(describe_missed(found))
@@ -109,12 +110,6 @@ def inspect_data(
 def _counts(max_rows: int | None, world_size: int | None) -> list[tuple[str, int, int]]:
     given = {"max_rows": max_rows, "world_size": world_size}
     return [(name, value, 1) for name, value in given.items() if value is not None]
-
-
-def _write_page(html: str, found: Inspection) -> None:
-    path = Path(html).expanduser()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render_page(found), encoding="utf-8")
 
 
 def _print(found: Inspection, json: bool, color: Color) -> None:

@@ -7,6 +7,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from lightning_qlora.evaluation.files import write_whole
 from lightning_qlora.tools.plotting.page import render_page
 from lightning_qlora.tools.plotting.panels import arrange
 from lightning_qlora.tools.plotting.reading import read_runs
@@ -32,9 +33,7 @@ def plot(runs: list[str], *, html: str | None = None, metrics: list[str] | None 
     found = read_runs(runs)
     panels = arrange(found, metrics)
     if html is not None:
-        path = Path(html).expanduser()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(render_page(found, panels), encoding="utf-8")
+        write_whole(Path(html).expanduser(), render_page(found, panels))
     if json:
         shown = {line.metric for panel in panels for line in panel.lines}
         values = [
