@@ -41,16 +41,6 @@ ROWS = [
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return tiny_tokenizer("chatml")
-
-
-@pytest.fixture(scope="module")
-def base(tokenizer, tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("base"), tokenizer=tokenizer)
-
-
-@pytest.fixture(scope="module")
 def adapters(base, tokenizer, tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     return [write_adapter(root / name, base, tokenizer, seed=i, manifest=True) for i, name in enumerate(("one", "two"))]

@@ -9,8 +9,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
-from tiny import tiny_tokenizer
-from tiny_models import random_batch, save_tiny_model
+from tiny_models import random_batch
 from tiny_training import TinyChats, tiny_sft_module, tiny_trainer
 from torch.utils.data import DataLoader
 
@@ -21,16 +20,6 @@ from lightning_qlora.tools.dry_run import dry_run
 from lightning_qlora.tools.rehearsal.checks import Places, check_gradients, check_memory
 from lightning_qlora.tools.rehearsal.longest_batch import find_longest_batch
 from lightning_qlora.tools.rehearsal.step import Rehearsal
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny_tokenizer("chatml")
-
-
-@pytest.fixture(scope="module")
-def base(tokenizer, tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("base"), tokenizer=tokenizer)
 
 
 @pytest.fixture

@@ -7,25 +7,13 @@ import json
 import pytest
 import torch
 from jsonargparse import auto_cli
-from tiny import tiny_tokenizer
 from tiny_adapters import write_adapter
-from tiny_models import save_tiny_model
 
 from lightning_qlora.data.chat_template import ChatTemplate
 from lightning_qlora.evaluation import Question, generate_answers
 from lightning_qlora.model import load_adapter, load_base_model
 from lightning_qlora.schema import Message, Origin
 from lightning_qlora.tools import TOOLS, generate
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny_tokenizer("chatml")
-
-
-@pytest.fixture(scope="module")
-def base(tokenizer, tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("base"), tokenizer=tokenizer)
 
 
 @pytest.fixture(scope="module")

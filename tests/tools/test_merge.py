@@ -25,11 +25,6 @@ IDS = torch.arange(3, 43)[None]
 LINEAR = {"r": 4, "lora_alpha": 16, "target_modules": "all-linear"}
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny_tokenizer("chatml")
-
-
 def randomise(model, std=0.05, seed=1):
     """Give every trained tensor a value that its initialisation has not."""
     generator = torch.Generator().manual_seed(seed)
