@@ -9,10 +9,9 @@ PACKAGE = Path(lightning_qlora.__file__).parent
 
 # Rooms of one stage do not import one another; each may import the stages before it.
 STAGES: tuple[frozenset[str], ...] = (
-    frozenset({"schema", "losses", "kernels", "accounting", "loop_state"})
-    | frozenset({"publishing", "adapter_folder", "random_state", "ranks", "redaction", "signals"}),
-    frozenset({"pretrained", "identity", "checkpoint_io", "boundary"}),
-    frozenset({"data", "model", "run_record"}),
+    frozenset({"schema", "losses", "kernels", "accounting", "ranks", "redaction", "signals"}),
+    frozenset({"pretrained", "checkpoints"}),
+    frozenset({"data", "model"}),
     frozenset({"memory"}),
     frozenset({"strategies"}),
     frozenset({"modules"}),

@@ -9,10 +9,10 @@ import torch
 from peft import LoraConfig
 from transformers import GenerationConfig
 
-from lightning_qlora.identity import identify
+from lightning_qlora.checkpoints.identity import identify
+from lightning_qlora.checkpoints.publishing import MANIFEST_NAME
+from lightning_qlora.checkpoints.publishing.manifest import dump_manifest, hash_stream
 from lightning_qlora.model import attach_adapters, load_base_model, save_adapter
-from lightning_qlora.publishing import MANIFEST_NAME
-from lightning_qlora.publishing.manifest import dump_manifest, hash_stream
 
 
 def write_adapter(

@@ -13,8 +13,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny import tiny_tokenizer
 from torch import nn
 
+from lightning_qlora.checkpoints.loop_state import repair_loops
 from lightning_qlora.data import SFTDataModule
-from lightning_qlora.loop_state import repair_loops
 
 
 def write_chats(path: Path, count: int, *, first: int = 0, seed: int = 0) -> Path:

@@ -43,8 +43,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typing_extensions import override
 
 from lightning_qlora import AdapterCheckpoint, RunGuard, SFTDataModule, SFTModule
-from lightning_qlora.loop_state import count_batches
-from lightning_qlora.publishing import LocalStore
+from lightning_qlora.checkpoints.loop_state import count_batches
+from lightning_qlora.checkpoints.publishing import LocalStore
 
 TICKETS = Path(__file__).parents[1] / "support_tickets" / "train.jsonl"
 TEMPLATE = (

@@ -24,20 +24,20 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_qlora.boundary import OptimizerBoundary
 from lightning_qlora.callbacks.adapter_publisher import AdapterPublisher, NonFiniteAdapterError
-from lightning_qlora.checkpoint_io import (
+from lightning_qlora.checkpoints.boundary import OptimizerBoundary
+from lightning_qlora.checkpoints.checkpoint_io import (
     TRAINER_FILE,
     PublishedCheckpointIO,
     published_directory,
     read_checkpoints_without_pickle,
     verify_published,
 )
-from lightning_qlora.identity import refuse_differences
-from lightning_qlora.publishing import Published, open_store
+from lightning_qlora.checkpoints.identity import refuse_differences
+from lightning_qlora.checkpoints.publishing import Published, open_store
+from lightning_qlora.checkpoints.run_record import describe_run, identify_run
 from lightning_qlora.ranks import gather_objects, on_rank_zero
 from lightning_qlora.redaction import scrub
-from lightning_qlora.run_record import describe_run, identify_run
 
 __all__ = ["AdapterCheckpoint", "NonFiniteAdapterError"]
 

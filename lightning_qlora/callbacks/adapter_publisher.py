@@ -10,17 +10,17 @@ import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_qlora.adapter_folder import (
+from lightning_qlora.checkpoints.adapter_folder import (
     REQUIRED_FILES,
     find_peft_model,
     gather_adapter_state,
     nonfinite_adapters,
     write_adapter_folder,
 )
-from lightning_qlora.checkpoint_io import TRAINER_FILE, PublishedCheckpointIO
-from lightning_qlora.publishing import BackgroundJob, CheckpointStore, Published
+from lightning_qlora.checkpoints.checkpoint_io import TRAINER_FILE, PublishedCheckpointIO
+from lightning_qlora.checkpoints.publishing import BackgroundJob, CheckpointStore, Published
+from lightning_qlora.checkpoints.run_record import stop_tokens_of, tokenizer_of
 from lightning_qlora.ranks import on_rank_zero
-from lightning_qlora.run_record import stop_tokens_of, tokenizer_of
 
 __all__ = ["AdapterPublisher", "NonFiniteAdapterError"]
 

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from lightning_qlora.checkpoints.loop_state import count_batches
 from lightning_qlora.data.chat_datamodule import PreparedDataModule
 from lightning_qlora.data.chat_template import ChatTemplate, Supervise
 from lightning_qlora.data.preparation import RowEncoder
@@ -18,7 +19,6 @@ from lightning_qlora.data.resume import gather_states
 from lightning_qlora.data.sources import Sources
 from lightning_qlora.data.stages import Stage
 from lightning_qlora.data.streaming import StreamingBatches, StreamingLoader
-from lightning_qlora.loop_state import count_batches
 from lightning_qlora.schema import Origin
 
 __all__ = ["SFTDataModule"]

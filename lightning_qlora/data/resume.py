@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch.distributed as dist
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_qlora.loop_state import count_batches
+from lightning_qlora.checkpoints.loop_state import count_batches
 
 __all__ = ["TrainingPosition", "check_identity", "gather_states", "hash_arrays"]
 
@@ -21,8 +21,8 @@ STATE_FORMAT = 1
 class TrainingPosition:
     """How far training has come, in epochs and batches of one rank.
 
-    It is read from Lightning's own counters (:mod:`lightning_qlora.loop_state`), and restored when the first batch of
-    the resumed epoch is needed.
+    It is read from Lightning's own counters (:mod:`lightning_qlora.checkpoints.loop_state`), and restored when the
+    first batch of the resumed epoch is needed.
     """
 
     def __init__(self) -> None:
@@ -69,8 +69,8 @@ class TrainingPosition:
             raise MisconfigurationException(
                 f"The checkpoint was saved before batch {resume[1]} of epoch {resume[0]}, and Lightning goes on with "
                 f"batch {started} of epoch {epoch}: rows would be lost or repeated. Call "
-                "lightning_qlora.loop_state.repair_loops(checkpoint) in your module's on_load_checkpoint, as SFTModule "
-                "does."
+                "lightning_qlora.checkpoints.loop_state.repair_loops(checkpoint) in your module's on_load_checkpoint, "
+                "as SFTModule does."
             )
         return resume[1]
 

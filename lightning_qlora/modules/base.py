@@ -22,13 +22,13 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 from typing_extensions import override
 
-from lightning_qlora.checkpoint_io import read_checkpoints_without_pickle
-from lightning_qlora.identity import check_adapter
+from lightning_qlora.checkpoints.checkpoint_io import read_checkpoints_without_pickle
+from lightning_qlora.checkpoints.identity import check_adapter
+from lightning_qlora.checkpoints.loop_state import repair_loops
 from lightning_qlora.kernels.attention import use_document_attention
 from lightning_qlora.kernels.checkpointing import PLANS, MixedPlan, Plan
 from lightning_qlora.kernels.compilation import compile_parts
 from lightning_qlora.kernels.lora import fuse_lora_if_equal
-from lightning_qlora.loop_state import repair_loops
 from lightning_qlora.memory import choose_plan
 from lightning_qlora.model import (
     Quantization,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from typing_extensions import override
 
-from lightning_qlora.identity import identify_base
+from lightning_qlora.checkpoints.identity import identify_base
 from lightning_qlora.losses.log_probs import head_log_probs
 from lightning_qlora.losses.preference import AnswerLogProbs, DPOLoss, PreferenceLoss, PreferenceTerms
 from lightning_qlora.modules.base import CHECKPOINT_KEY, CausalLMModule

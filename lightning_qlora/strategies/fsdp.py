@@ -16,9 +16,9 @@ from torch.distributed.constants import default_pg_timeout
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from typing_extensions import override
 
+from lightning_qlora.checkpoints.random_state import capture_random_state, restore_random_state
 from lightning_qlora.memory.layers import decoder_layers
 from lightning_qlora.model import base_model
-from lightning_qlora.random_state import capture_random_state, restore_random_state
 
 __all__ = ["FSDP2Strategy"]
 

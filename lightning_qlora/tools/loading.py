@@ -12,11 +12,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoTokenizer, BitsAndBytesConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lightning_qlora.checkpoints.identity import check_adapter
+from lightning_qlora.checkpoints.publishing import LocalStore, read_manifest
 from lightning_qlora.data.chat_template import ChatTemplate
-from lightning_qlora.identity import check_adapter
 from lightning_qlora.model import Quantization, compute_dtype, load_adapter, load_base_model, read_adapter_base
 from lightning_qlora.pretrained import load_tokenizer
-from lightning_qlora.publishing import LocalStore, read_manifest
 
 __all__ = [
     "AdapterPaths",

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from lightning_qlora.identity import check_adapter, identify_tokenizer, package_versions, refuse_differences
+from lightning_qlora.checkpoints.identity import check_adapter, identify_tokenizer, package_versions, refuse_differences
 from lightning_qlora.model import load_adapter, load_base_model
 from lightning_qlora.pretrained import load_tokenizer
 from lightning_qlora.tools.merging.adapted_model import AdaptedModel, read_lora_config

@@ -20,9 +20,15 @@ from tiny_run import TinyData, tiny_module, tiny_trainer
 
 from lightning_qlora.callbacks import AdapterCheckpoint
 from lightning_qlora.callbacks.adapter_checkpoint import NonFiniteAdapterError
-from lightning_qlora.identity import IdentityMismatchError
+from lightning_qlora.checkpoints.identity import IdentityMismatchError
+from lightning_qlora.checkpoints.publishing import (
+    DamagedCheckpointError,
+    LocalStore,
+    NoValidCheckpointError,
+    open_store,
+    verify,
+)
 from lightning_qlora.model import load_base_model
-from lightning_qlora.publishing import DamagedCheckpointError, LocalStore, NoValidCheckpointError, open_store, verify
 
 PEFT_FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "generation_config.json"}
 

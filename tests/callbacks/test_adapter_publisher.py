@@ -16,7 +16,7 @@ from tiny_models import save_tiny_model
 from tiny_run import TinyData, tiny_module, tiny_trainer
 
 from lightning_qlora.callbacks import AdapterCheckpoint, RunGuard
-from lightning_qlora.publishing import LocalStore, verify
+from lightning_qlora.checkpoints.publishing import LocalStore, verify
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,11 @@ from tiny_models import save_tiny_model
 from tiny_run import Record, TinyData, assert_equal, final_state, tiny_module, tiny_trainer
 
 from lightning_qlora.callbacks import AdapterCheckpoint
+from lightning_qlora.checkpoints.publishing import LocalStore
 from lightning_qlora.data import PreferenceDataModule, SFTDataModule
 from lightning_qlora.losses import DPOLoss, KTOLoss, ORPOLoss
 from lightning_qlora.model import save_adapter
 from lightning_qlora.modules import PreferenceModule, SFTModule
-from lightning_qlora.publishing import LocalStore
 
 QUESTIONS = ("What is {}?", "Please think about {} for a while, and then think again.", "{}")
 

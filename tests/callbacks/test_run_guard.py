@@ -13,8 +13,8 @@ from tiny_run import Record, TinyData, assert_equal, final_state, tiny_module, t
 
 from lightning_qlora.callbacks import AdapterCheckpoint, RunGuard
 from lightning_qlora.callbacks.run_guard import NonFiniteError, _out_of_memory_note
+from lightning_qlora.checkpoints.publishing import LocalStore
 from lightning_qlora.modules.sft import SFTModule
-from lightning_qlora.publishing import LocalStore
 
 
 @pytest.fixture(scope="module")

@@ -22,9 +22,9 @@ from torch.distributed.fsdp import fully_shard
 
 import lightning_qlora
 from lightning_qlora.callbacks import AdapterCheckpoint, RunGuard
+from lightning_qlora.checkpoints.publishing import LocalStore
 from lightning_qlora.model import load_base_model
 from lightning_qlora.modules.sft import SFTModule
-from lightning_qlora.publishing import LocalStore
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the forked processes; nothing here depends on warnings
 

@@ -18,11 +18,11 @@ from tiny_models import save_tiny_model
 from tiny_run import TinyData, tiny_module, tiny_trainer
 
 from lightning_qlora.callbacks import AdapterCheckpoint
-from lightning_qlora.identity import identify
+from lightning_qlora.checkpoints.identity import identify
+from lightning_qlora.checkpoints.publishing import LocalStore
 from lightning_qlora.model import attach_adapters, load_adapter, load_base_model
 from lightning_qlora.modules.sft import SFTModule
 from lightning_qlora.pretrained import load_tokenizer
-from lightning_qlora.publishing import LocalStore
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 

@@ -24,12 +24,12 @@ from tiny_preferences import (
 from torch.utils.data import DataLoader
 
 from lightning_qlora.callbacks import AdapterCheckpoint
-from lightning_qlora.identity import IdentityMismatchError
+from lightning_qlora.checkpoints.identity import IdentityMismatchError
+from lightning_qlora.checkpoints.publishing import LocalStore
 from lightning_qlora.losses import CPOLoss, DPOLoss, IPOLoss, KTOLoss, ORPOLoss, SimPOLoss
 from lightning_qlora.model import attach_adapters, load_base_model, save_adapter
 from lightning_qlora.modules import PreferenceModule
 from lightning_qlora.modules.preference import _sum_by_document
-from lightning_qlora.publishing import LocalStore
 
 MEAN_CHOSEN_TOKENS = sum(chosen for chosen, _ in ANSWERS) / len(ANSWERS)
 

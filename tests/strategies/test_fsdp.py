@@ -14,9 +14,9 @@ from tiny_run import TinyData, tiny_module, tiny_trainer
 from torch.distributed.tensor import DTensor
 
 from lightning_qlora.callbacks import AdapterCheckpoint
+from lightning_qlora.checkpoints.publishing import LocalStore
 from lightning_qlora.model import load_base_model
 from lightning_qlora.modules import SFTModule
-from lightning_qlora.publishing import LocalStore
 from lightning_qlora.ranks import RankZeroError
 from lightning_qlora.strategies import FSDP2Strategy
 

@@ -15,10 +15,10 @@ from tiny import tiny_tokenizer
 from tiny_models import save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from lightning_qlora.identity import IdentityMismatchError, identify
+from lightning_qlora.checkpoints.identity import IdentityMismatchError, identify
+from lightning_qlora.checkpoints.publishing import MANIFEST_NAME
+from lightning_qlora.checkpoints.publishing.manifest import dump_manifest, hash_stream
 from lightning_qlora.model import attach_adapters, load_adapter, load_base_model, merge_adapter, save_adapter
-from lightning_qlora.publishing import MANIFEST_NAME
-from lightning_qlora.publishing.manifest import dump_manifest, hash_stream
 from lightning_qlora.tools import merge
 
 IDS = torch.arange(3, 43)[None]

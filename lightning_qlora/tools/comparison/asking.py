@@ -12,6 +12,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers import AutoTokenizer, PreTrainedModel
 
+from lightning_qlora.checkpoints.identity import identify_tokenizer, refuse_differences
 from lightning_qlora.data.chat_template import ChatTemplate
 from lightning_qlora.evaluation import (
     AnswerSheet,
@@ -22,7 +23,6 @@ from lightning_qlora.evaluation import (
     encode_prompts,
     encode_references,
 )
-from lightning_qlora.identity import identify_tokenizer, refuse_differences
 from lightning_qlora.model import load_base_model
 from lightning_qlora.tools.comparison.findings import Participant
 from lightning_qlora.tools.loading import to_gpu

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning_qlora.checkpoints.identity import package_versions
 from lightning_qlora.evaluation import Answer, AnswerSheet, Question, ReferenceLoss, score_answer
-from lightning_qlora.identity import package_versions
 from lightning_qlora.tools.comparison.failures import as_turn
 from lightning_qlora.tools.comparison.findings import Comparison, PairFindings, Participant
 

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from lightning_qlora.identity import TensorDigest
+from lightning_qlora.checkpoints.identity import TensorDigest
 from lightning_qlora.tools.merging.base_weights import BaseWeights, quantized
 from lightning_qlora.tools.merging.training_record import adapter_options
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers import BitsAndBytesConfig
 
+from lightning_qlora.checkpoints.publishing import read_manifest, verify
 from lightning_qlora.model import compute_dtype, nf4, read_adapter_base
-from lightning_qlora.publishing import read_manifest, verify
 
 __all__ = ["TrainingRecord", "adapter_options", "base_of", "read_training_record"]
 

@@ -12,7 +12,7 @@ from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.plugins.io import CheckpointIO
 from typing_extensions import override
 
-from lightning_qlora.publishing import MANIFEST_NAME, CheckpointStore, Published, open_store
+from lightning_qlora.checkpoints.publishing import MANIFEST_NAME, CheckpointStore, Published, open_store
 
 __all__ = [
     "TRAINER_FILE",

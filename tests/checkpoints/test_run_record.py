@@ -6,8 +6,8 @@ from tiny import tiny_tokenizer
 from tiny_models import save_tiny_model
 from tiny_training import tiny_sft_module, tiny_trainer
 
+from lightning_qlora.checkpoints.run_record import describe_run
 from lightning_qlora.data import SFTDataModule
-from lightning_qlora.run_record import describe_run
 
 
 def chat(question, answer):

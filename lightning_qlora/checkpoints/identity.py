@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
-from lightning_qlora.publishing import Published, read_manifest, verify
+from lightning_qlora.checkpoints.publishing import Published, read_manifest, verify
 
 __all__ = [
     "FIELDS",

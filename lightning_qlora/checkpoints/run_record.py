@@ -9,8 +9,8 @@ from typing import Any
 
 import lightning as L
 
-from lightning_qlora.adapter_folder import find_peft_model
-from lightning_qlora.identity import identify, package_versions
+from lightning_qlora.checkpoints.adapter_folder import find_peft_model
+from lightning_qlora.checkpoints.identity import identify, package_versions
 from lightning_qlora.redaction import scrub
 from lightning_qlora.schema import ChatDataModule
 
@@ -33,7 +33,7 @@ def stop_tokens_of(trainer: L.Trainer) -> tuple[int, ...]:
 
 
 def identify_run(trainer: L.Trainer) -> dict[str, Any]:
-    """Describe what the run's adapter belongs to (:mod:`lightning_qlora.identity`)."""
+    """Describe what the run's adapter belongs to (:mod:`lightning_qlora.checkpoints.identity`)."""
     _, model = find_peft_model(trainer.lightning_module)
     return identify(model, tokenizer_of(trainer), getattr(_data_module(trainer), "fingerprint", None))
 

@@ -11,9 +11,9 @@ from typing import Any, BinaryIO
 from fsspec.core import url_to_fs  # type: ignore[import-untyped]
 from typing_extensions import override
 
-from lightning_qlora.publishing.local import LocalStore, flush_and_hash, regular_files
-from lightning_qlora.publishing.manifest import MANIFEST_NAME, Published, dump_manifest
-from lightning_qlora.publishing.store import LATEST_NAME, CheckpointStore, check_required
+from lightning_qlora.checkpoints.publishing.local import LocalStore, flush_and_hash, regular_files
+from lightning_qlora.checkpoints.publishing.manifest import MANIFEST_NAME, Published, dump_manifest
+from lightning_qlora.checkpoints.publishing.store import LATEST_NAME, CheckpointStore, check_required
 
 __all__ = ["RemoteStore", "open_store"]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_qlora.publishing import (
+from lightning_qlora.checkpoints.publishing import (
     LATEST_NAME,
     MANIFEST_NAME,
     DamagedCheckpointError,
@@ -400,7 +400,7 @@ import sys, types
 package = types.ModuleType("lightning_qlora"); package.__path__ = [sys.argv[2]]  # without the package's heavy imports
 sys.modules["lightning_qlora"] = package
 import random
-from lightning_qlora.publishing import LocalStore
+from lightning_qlora.checkpoints.publishing import LocalStore
 store = LocalStore(sys.argv[1])
 store.sweep()
 start = max((p.serial for p in store.published()), default=0)

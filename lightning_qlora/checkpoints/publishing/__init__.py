@@ -7,9 +7,9 @@ name that readers look for. Whatever happens in between, a reader finds the whol
 Nothing here knows what the files mean: no torch, no Lightning. :func:`open_store` is the way in.
 """
 
-from lightning_qlora.publishing.background import BackgroundJob
-from lightning_qlora.publishing.local import LocalStore, verify
-from lightning_qlora.publishing.manifest import (
+from lightning_qlora.checkpoints.publishing.background import BackgroundJob
+from lightning_qlora.checkpoints.publishing.local import LocalStore, verify
+from lightning_qlora.checkpoints.publishing.manifest import (
     MANIFEST_NAME,
     DamagedCheckpointError,
     FileRecord,
@@ -17,8 +17,8 @@ from lightning_qlora.publishing.manifest import (
     Published,
     read_manifest,
 )
-from lightning_qlora.publishing.remote import RemoteStore, open_store
-from lightning_qlora.publishing.store import LATEST_NAME, CheckpointStore
+from lightning_qlora.checkpoints.publishing.remote import RemoteStore, open_store
+from lightning_qlora.checkpoints.publishing.store import LATEST_NAME, CheckpointStore
 
 __all__ = [
     "LATEST_NAME",

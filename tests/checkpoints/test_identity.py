@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_tokenizer
 from tiny_models import save_tiny_model
 
-from lightning_qlora.identity import (
+from lightning_qlora.checkpoints.identity import (
     IdentityMismatchError,
     check_adapter,
     differences,
@@ -18,8 +18,8 @@ from lightning_qlora.identity import (
     package_versions,
     refuse_differences,
 )
+from lightning_qlora.checkpoints.publishing import DamagedCheckpointError, LocalStore
 from lightning_qlora.model import attach_adapters, load_base_model
-from lightning_qlora.publishing import DamagedCheckpointError, LocalStore
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lightning_qlora.publishing.manifest import (
+from lightning_qlora.checkpoints.publishing.manifest import (
     MANIFEST_NAME,
     DamagedCheckpointError,
     FileRecord,

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from tiny_chats import fit, make_data, write_chats
 
-from lightning_qlora.loop_state import BatchCounts, count_batches, repair_loops
+from lightning_qlora.checkpoints.loop_state import BatchCounts, count_batches, repair_loops
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),

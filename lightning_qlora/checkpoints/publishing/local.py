@@ -13,14 +13,14 @@ from typing import Any, BinaryIO
 
 from typing_extensions import override
 
-from lightning_qlora.publishing.manifest import (
+from lightning_qlora.checkpoints.publishing.manifest import (
     MANIFEST_NAME,
     FileRecord,
     Published,
     dump_manifest,
     hash_stream,
 )
-from lightning_qlora.publishing.store import LATEST_NAME, CheckpointStore, check_required
+from lightning_qlora.checkpoints.publishing.store import LATEST_NAME, CheckpointStore, check_required
 
 if sys.platform != "win32":
     import fcntl
