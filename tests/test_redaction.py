@@ -6,6 +6,7 @@ import pytest
 from tiny import tiny_tokenizer
 from tiny_models import save_tiny_model
 
+from lightning_qlora.checkpoints.publishing import LocalStore
 from lightning_qlora.cli import main
 from lightning_qlora.redaction import scrub
 
@@ -122,4 +123,8 @@ def test_a_run_writes_no_secret_anywhere(tmp_path, monkeypatch, capfd, caplog, l
     for secret in secrets:
         assert secret not in told
         assert [path for path in files if secret.encode() in path.read_bytes()] == []
+    config = LocalStore("run/checkpoints").newest_valid().metadata["config"]
+    note = {"note": "see <secret> at https://<secret>@host/"}
+    assert config["data"]["template_kwargs"] == config["command_line"]["data"]["init_args"]["template_kwargs"] == note
+    assert config["command_line"]["trainer"]["max_steps"] == 1
     assert "token: <secret>" in next(path for path in files if path.name == "config.yaml").read_text()

@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
 from typing import Any
 
 import lightning as L
+from jsonargparse import Namespace
+from lightning.pytorch.cli import SaveConfigCallback
 
 from lightning_qlora.checkpoints.adapter_folder import find_peft_model
 from lightning_qlora.checkpoints.identity import identify, package_versions
 from lightning_qlora.redaction import scrub
 from lightning_qlora.schema import ChatDataModule
 
-__all__ = ["describe_run", "identify_run", "stop_tokens_of", "tokenizer_of"]
+__all__ = ["describe_run", "identify_run", "plain_values", "stop_tokens_of", "tokenizer_of"]
 
 
 def tokenizer_of(trainer: L.Trainer) -> Any:
@@ -41,10 +44,6 @@ def identify_run(trainer: L.Trainer) -> dict[str, Any]:
 def describe_run(trainer: L.Trainer) -> dict[str, Any]:
     """Return step, metrics, versions, configuration and data, without secrets, as plain JSON values."""
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
-    hyper_parameters = {
-        "module": dict(trainer.lightning_module.hparams),
-        "data": dict(getattr(_data_module(trainer), "hparams", {})),
-    }
     return {
         "step": trainer.global_step,
         "epoch": trainer.current_epoch,
@@ -52,9 +51,20 @@ def describe_run(trainer: L.Trainer) -> dict[str, Any]:
         "world_size": trainer.world_size,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "versions": package_versions(),
-        "config": scrub(_plain(hyper_parameters)),
+        "config": scrub(plain_values(_configuration(trainer))),
         "data": scrub(_data_counts(_data_module(trainer))),
     }
+
+
+def _configuration(trainer: L.Trainer) -> dict[str, Any]:
+    """Return the options of module and data, and all that LightningCLI was given where it began the run."""
+    config = {
+        "module": trainer.lightning_module.hparams,
+        "data": getattr(_data_module(trainer), "hparams", {}),
+    }
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    saver = next((c for c in callbacks if isinstance(c, SaveConfigCallback)), None)
+    return config if saver is None else {**config, "command_line": saver.config}
 
 
 def _data_counts(data_module: Any) -> dict[str, Any]:
@@ -75,12 +85,16 @@ def _data_module(trainer: L.Trainer) -> Any:
     return getattr(trainer, "datamodule", None)
 
 
-def _plain(value: Any) -> Any:
-    """Turn hyperparameters into what JSON holds; objects into their text."""
+def plain_values(value: Any) -> Any:
+    """Turn options into what JSON and pickle-free checkpoints hold; objects into their text."""
+    if isinstance(value, Namespace):
+        value = value.as_dict()
+    elif is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain_values(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(item) for item in value]
+        return [plain_values(item) for item in value]
     if value is None or type(value) in (bool, int, float, str):
         return value
     return str(value)

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
+from lightning_qlora.checkpoints.run_record import plain_values
 from lightning_qlora.data.batching import Batching
 from lightning_qlora.data.chat_template import ChatTemplate
 from lightning_qlora.data.collators import PromptCollator
@@ -32,6 +33,7 @@ from lightning_qlora.data.stages import PreparedStages, Stage
 from lightning_qlora.data.truncation import OVERLONG_POLICIES, OverlongPolicy
 from lightning_qlora.pretrained import cache_dir as default_cache_dir
 from lightning_qlora.pretrained import load_tokenizer
+from lightning_qlora.redaction import scrub
 from lightning_qlora.schema import Origin, PromptBatch, RowRefused, SFTBatch
 
 __all__ = ["PreparedDataModule"]
@@ -120,10 +122,13 @@ class PreparedDataModule(L.LightningDataModule):
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
+        # For checkpoints, which are read without pickle. Not for loggers, who refuse a name that the module uses too.
+        self.save_hyperparameters(ignore=["tokenizer"], logger=False)
         self.sources: dict[Stage, Sources | None] = {"train": train, "validation": validation, "test": test}
         self.predict = predict
         self.tokenizer_name = tokenizer if isinstance(tokenizer, str) else tokenizer.name_or_path
         self._given_tokenizer = None if isinstance(tokenizer, str) else tokenizer
+        self.hparams.update(scrub(plain_values({**self.hparams, "tokenizer": self.tokenizer_name})))
         self.revision = revision
         self.trust_remote_code = trust_remote_code
         self.chat_template = chat_template
