@@ -75,7 +75,7 @@ def set_checkpointing(layers: Sequence[nn.Module], plan: Plan | MixedPlan) -> No
 
 # Selective
 
-_DEAR = ("bitsandbytes.gemm_4bit", "torch_attn._varlen_attn.", "lightning_qlora.lora_products.")
+_DEAR = ("bitsandbytes.gemm_4bit", "torch_attn._varlen_attn.", "lightning_qlora.lora_")
 
 
 def _selective_contexts() -> tuple[Any, Any]:
@@ -126,6 +126,8 @@ class HostOffload:
 
     def _pack(self, tensor: Tensor) -> Tensor | _Moved:
         if not (tensor.is_cuda or self.everywhere) or not tensor.is_floating_point() or tensor.device.type == "meta":
+            return tensor
+        if tensor.numel() == 0:  # torch 2.11 saves one beside each layer's input
             return tensor
         moved = _Moved(self, tensor.detach(), self._last)
         self._last = weakref.ref(moved)

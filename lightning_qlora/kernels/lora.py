@@ -5,6 +5,9 @@ product is added into the base's output by the matrix product itself, projection
 all their A, and the backward pass keeps nothing but that input and that product. It is the same sum in another order:
 equal to PEFT's within the rounding of the dtype.
 
+What is kept is kept before the product with the base begins, by an operator of its own. A checkpointed layer is
+recomputed until all is there that its backward pass needs: so the product that ends the layer is not made again.
+
 Only plain LoRA is computed here. Each call asks whether it is (:meth:`FusedLinear4bit.forward`), and everything else
 runs PEFT's own code: DoRA and other variants, dropout, several adapters at once, merged or disabled ones, inference.
 """
@@ -193,18 +196,17 @@ class _Group:
 def _products(x: Tensor, members: Sequence[Any]) -> list[Tensor]:
     names = [member.active_adapters[0] for member in members]
     states = [_state_of(member.base_layer) for member in members]
-    outputs = torch.ops.lightning_qlora.lora_products(
-        x.reshape(-1, x.shape[-1]),
-        [member.base_layer.weight for member in members],
-        [tensor for state in states for tensor in _constants(state)],
-        [member.base_layer.bias for member in members if member.base_layer.bias is not None],
-        [member.lora_A[name].weight for member, name in zip(members, names, strict=True)],
-        [member.lora_B[name].weight for member, name in zip(members, names, strict=True)],
-        [float(member.scaling[name]) for member, name in zip(members, names, strict=True)],
-        states[0].blocksize,
-        states[0].quant_type,
-    )
-    return [output.view(*x.shape[:-1], output.shape[-1]) for output in outputs[1:]]
+    x_TD = x.reshape(-1, x.shape[-1])
+    weights = [member.base_layer.weight for member in members]
+    constants = [tensor for state in states for tensor in _constants(state)]
+    biases = [member.base_layer.bias for member in members if member.base_layer.bias is not None]
+    a = [member.lora_A[name].weight for member, name in zip(members, names, strict=True)]
+    b = [member.lora_B[name].weight for member, name in zip(members, names, strict=True)]
+    scales = [float(member.scaling[name]) for member, name in zip(members, names, strict=True)]
+    stored = scales, states[0].blocksize, states[0].quant_type
+    low, *shapes = torch.ops.lightning_qlora.lora_low(x_TD, weights, constants, a, b, *stored)
+    outputs = torch.ops.lightning_qlora.lora_products(x_TD, low, shapes, weights, constants, biases, b, *stored)
+    return [output.view(*x.shape[:-1], output.shape[-1]) for output in outputs]
 
 
 def _state_of(base: Any) -> QuantState:
@@ -218,25 +220,23 @@ def _constants(state: QuantState) -> list[Tensor]:
     return [state.absmax, state.offset, state.state2.absmax, state.state2.code] if state.nested else [state.absmax]
 
 
-@torch.library.custom_op("lightning_qlora::lora_products", mutates_args=())
-def _lora_products(
+@torch.library.custom_op("lightning_qlora::lora_low", mutates_args=())
+def _lora_low(
     x: Tensor,
     weights: Sequence[Tensor],
     constants: Sequence[Tensor],
-    biases: Sequence[Tensor],
     a: Sequence[Tensor],
     b: Sequence[Tensor],
     scales: Sequence[float],
     blocksize: int,
     quant_type: str,
 ) -> list[Tensor]:
-    """Multiply one input with several 4-bit weights and their adapters.
+    """Multiply one input with all A, and keep what the gradients of the whole group need.
 
     Args:
         x: (T, in) of the dtype of the products.
         weights: 4-bit weights of ``W_i``, (out_i, in) when dequantised.
         constants: Of :func:`_constants`, one weight's after another's.
-        biases: (out_i,) each, or an empty list.
         a: (rank_i, in) each.
         b: (out_i, rank_i) each.
         scales: Factors on the adapters' products.
@@ -244,37 +244,18 @@ def _lora_products(
         quant_type: Of bitsandbytes.
 
     Returns:
-        (T, sum of ranks), the input's product with all A, for the backward pass; and (T, out_i) for each weight.
+        (T, sum of ranks), the input's product with all A; and for each weight one number in the shape (T, out_i) of its
+        output. Through these the outputs' gradients come here, where all gradients are formed at once.
     """
     low = x @ torch.cat([each.to(x.dtype) for each in a]).t()
-    outputs = [low]
-    per_weight = len(constants) // len(weights)
-    ranks = [each.shape[0] for each in a]
-    for i, part in enumerate(low.split(ranks, 1)):
-        absmax, *second = constants[i * per_weight : (i + 1) * per_weight]
-        offset, absmax2, code2 = second or (None, None, None)
-        output = torch.ops.bitsandbytes.gemm_4bit.default(
-            x,
-            weights[i].view(-1, 1),
-            [b[i].shape[0], x.shape[1]],
-            absmax if absmax2 is None else absmax2,
-            blocksize,
-            quant_type,
-            bias=biases[i].to(x.dtype) if biases else None,
-            absmax_8bit=None if absmax2 is None else absmax,
-            absmax_code=code2,
-            absmax_offset=offset,
-        )
-        outputs.append(output.addmm_(part, b[i].to(x.dtype).t(), alpha=scales[i]))
-    return outputs
+    return [low, *(x.new_zeros(()).expand(x.shape[0], each.shape[0]) for each in b)]
 
 
-@_lora_products.register_fake
+@_lora_low.register_fake
 def _(
     x: Tensor,
     weights: Sequence[Tensor],
     constants: Sequence[Tensor],
-    biases: Sequence[Tensor],
     a: Sequence[Tensor],
     b: Sequence[Tensor],
     scales: Sequence[float],
@@ -282,20 +263,18 @@ def _(
     quant_type: str,
 ) -> list[Tensor]:
     low = x.new_empty(x.shape[0], sum(each.shape[0] for each in a))
-    return [low, *(x.new_empty(x.shape[0], each.shape[0]) for each in b)]
+    return [low, *(x.new_empty(()).expand(x.shape[0], each.shape[0]) for each in b)]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, weights, constants, biases, a, b, scales, blocksize, quant_type = inputs
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, weights, constants, a, b, *ctx.options = inputs
     ctx.save_for_backward(x, output[0], *weights, *constants, *a, *b)
     ctx.num_weights = len(weights)
     ctx.num_constants = len(constants)
-    ctx.num_biases = len(biases)
-    ctx.options = scales, blocksize, quant_type
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[Any, ...]:
+def _gradients(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[Any, ...]:
     """Return the gradients of the input and of all A and B; the products with ``W_i`` end with the adapters'."""
     (x, low, *saved), num = ctx.saved_tensors, ctx.num_weights
     weights, constants = saved[:num], saved[num : num + ctx.num_constants]
@@ -322,8 +301,90 @@ def _backward(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[Any, ...]:
         of_x = of_x.addmm_(lows_TR, torch.cat([each.to(x.dtype) for each in a]))
     of_a = (lows_TR.t() @ x).split(ranks)
     of_a = [each.to(parameter.dtype) for each, parameter in zip(of_a, a, strict=True)]
-    frozen = [None] * num, [None] * ctx.num_constants, [None] * ctx.num_biases
-    return (of_x, *frozen, of_a, of_b, None, None, None)
+    return (of_x, [None] * num, [None] * ctx.num_constants, of_a, of_b, None, None, None)
+
+
+_lora_low.register_autograd(_gradients, setup_context=_keep)
+
+
+@torch.library.custom_op("lightning_qlora::lora_products", mutates_args=())
+def _lora_products(
+    x: Tensor,
+    low: Tensor,
+    shapes: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    constants: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scales: Sequence[float],
+    blocksize: int,
+    quant_type: str,
+) -> list[Tensor]:
+    """Multiply one input with several 4-bit weights and add their adapters, keeping nothing.
+
+    Args:
+        x: As for :func:`_lora_low`, like all that have the same name there.
+        low: What that returned first.
+        shapes: What it returned after that; they take this operator's gradients.
+        weights: 4-bit weights.
+        constants: Of the weights.
+        biases: (out_i,) each, or an empty list.
+        b: (out_i, rank_i) each.
+        scales: Factors.
+        blocksize: Values that share a constant.
+        quant_type: Of bitsandbytes.
+
+    Returns:
+        (T, out_i) for each weight.
+    """
+    outputs = []
+    per_weight = len(constants) // len(weights)
+    for i, part in enumerate(low.split([each.shape[1] for each in b], 1)):
+        absmax, *second = constants[i * per_weight : (i + 1) * per_weight]
+        offset, absmax2, code2 = second or (None, None, None)
+        output = torch.ops.bitsandbytes.gemm_4bit.default(
+            x,
+            weights[i].view(-1, 1),
+            [b[i].shape[0], x.shape[1]],
+            absmax if absmax2 is None else absmax2,
+            blocksize,
+            quant_type,
+            bias=biases[i].to(x.dtype) if biases else None,
+            absmax_8bit=None if absmax2 is None else absmax,
+            absmax_code=code2,
+            absmax_offset=offset,
+        )
+        outputs.append(output.addmm_(part, b[i].to(x.dtype).t(), alpha=scales[i]))
+    return outputs
+
+
+@_lora_products.register_fake
+def _(
+    x: Tensor,
+    low: Tensor,
+    shapes: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    constants: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scales: Sequence[float],
+    blocksize: int,
+    quant_type: str,
+) -> list[Tensor]:
+    return [x.new_empty(x.shape[0], each.shape[0]) for each in b]
+
+
+def _count(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    ctx.counts = [len(each) for each in inputs[3:7]]
+    ctx.set_materialize_grads(False)
+
+
+def _hand_on(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    frozen = [[None] * count for count in ctx.counts]  # B's gradient too is formed where all are
+    return (None, None, list(gradients), *frozen, None, None, None)
+
+
+_lora_products.register_autograd(_hand_on, setup_context=_count)
 
 
 def _quant_state(
@@ -336,6 +397,3 @@ def _quant_state(
         nested["offset"] = offset
         nested["state2"] = QuantState(absmax=absmax2, code=code2, blocksize=_NESTED_BLOCK, dtype=torch.float32)
     return QuantState(absmax, shape=shape, blocksize=blocksize, quant_type=quant_type, dtype=dtype, **nested)
-
-
-_lora_products.register_autograd(_backward, setup_context=_setup_context)

@@ -23,8 +23,8 @@ def _product_scratch(args: Sequence[Any]) -> int:
 
 
 def _group_scratch(args: Sequence[Any]) -> int:
-    """``lora_products(x, weights, constants, biases, a, b, scales, blocksize, ...)`` dequantises weight by weight."""
-    x, b, blocksize = args[0], args[5], args[7]
+    """``lora_products(x, low, shapes, weights, constants, biases, b, scales, blocksize, ...)``, weight by weight."""
+    x, b, blocksize = args[0], args[6], args[8]
     numel = int(max(each.shape[0] for each in b) * x.shape[1])
     return numel * int(x.dtype.itemsize) + 4 * -(numel // -int(blocksize))
 

@@ -18,10 +18,10 @@ from lightning_qlora.model import attach_adapters, load_base_model, save_adapter
 LINEARS = {"phi3": 4}
 
 
-def build(folder, family="llama", dtype=torch.float32, quantization="nf4", **options):
+def build(folder, family="llama", dtype=torch.float32, quantization="nf4", num_hidden_layers=2, **options):
     path = folder / family
     if not path.exists():
-        save_tiny_model(path, family)
+        save_tiny_model(path, family, num_hidden_layers=num_hidden_layers)
     torch.manual_seed(0)
     defaults = {"r": 4, "lora_alpha": 12, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     base = load_base_model(str(path), dtype=dtype, quantization=quantization)
@@ -210,8 +210,89 @@ def test_plans_of_checkpointing_change_no_bit(tmp_path, plan):
     expected = step(model)
     set_activation_checkpointing(model.get_base_model(), plan)
     found = step(model)
-    assert found[2] == (8 if plan == "selective" else 16)
+    assert found[2] == (8 if plan == "selective" else 14)  # the last product of each of the two layers is made once
     assert all(torch.equal(found[1][name], gradient) for name, gradient in expected[1].items())
+
+
+class Products(TorchDispatchMode):
+    """Counts products with base weights."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if str(func) == "lightning_qlora.lora_products.default":
+            self.count += len(args[3])
+        self.count += str(func).startswith("bitsandbytes.gemm_4bit")
+        return func(*args, **(kwargs or {}))
+
+
+def gradients_of(model, autocast=None, passes=1):
+    """The gradients of some passes of one graph, and the products with base weights before and after it is built."""
+    ids = random_batch((9, 14))["input_ids"]
+    with Products() as products:
+        with nullcontext() if autocast is None else torch.autocast("cpu", autocast):
+            hidden = model.get_base_model().get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        forward = products.count
+        loss = (hidden.float() * torch.linspace(-1, 1, hidden.numel()).reshape(hidden.shape).sin()).sum()
+        for index in range(passes):
+            loss.backward(retain_graph=index + 1 < passes)
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found, forward, products.count - forward
+
+
+@pytest.mark.parametrize("plan", ["full", "offload"])
+@pytest.mark.parametrize(
+    ("family", "linears", "recomputed"),
+    [("llama", 7, 6), ("qwen3", 7, 6), ("phi3", 4, 3), ("gemma3_text", 7, 7)],  # Gemma's last norm reads the output
+)
+def test_recomputation_ends_before_the_last_product(tmp_path, family, linears, recomputed, plan):
+    model = build(tmp_path, family, num_hidden_layers=3)
+    fuse_lora(model)
+    expected, forward, backward = gradients_of(model)
+    assert (forward, backward) == (3 * linears, 0)
+    set_activation_checkpointing(model.get_base_model(), plan)
+    found, forward, backward = gradients_of(model)
+    assert (forward, backward) == (3 * linears, 3 * recomputed)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+
+
+@pytest.mark.parametrize("plan", ["none", "full", "offload"])  # torch's selective checkpoint refuses a second pass
+def test_a_graph_that_is_retained_gives_its_gradients_twice(tmp_path, plan):
+    model = build(tmp_path, dtype=torch.bfloat16)
+    fuse_lora(model)
+    once, *_ = gradients_of(model, torch.bfloat16)
+    set_activation_checkpointing(model.get_base_model(), plan)
+    twice, *_ = gradients_of(model, torch.bfloat16, passes=2)
+    assert once.keys() == twice.keys()
+    assert all(torch.equal(twice[name], 2 * gradient) for name, gradient in once.items())
+
+
+class Dequantised(TorchDispatchMode):
+    """Counts base weights that are dequantised."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += str(func).startswith("bitsandbytes.dequantize_4bit")
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_input_that_needs_no_gradient_gets_no_product(tmp_path):
+    model = build(tmp_path)
+    fuse_lora(model)
+    mlp = model.get_base_model().model.layers[0].mlp
+    x = torch.randn(5, 64)
+    counts = {}
+    for needed in (False, True):
+        x = x.detach().requires_grad_(needed)
+        output = mlp.gate_proj(x).sum() + mlp.up_proj(x).sum()
+        with Dequantised() as dequantised:
+            output.backward()
+        counts[needed] = dequantised.count
+        assert (x.grad is not None) == needed
+    assert counts == {False: 0, True: 2}
 
 
 def test_what_is_saved_stays_as_it_was(tmp_path):
@@ -253,10 +334,12 @@ def test_the_operator_keeps_torchs_rules(tmp_path):
     state = member.base_layer.weight.quant_state
     a, b = member.lora_A["default"].weight, member.lora_B["default"].weight
     x = torch.randn(5, a.shape[1], requires_grad=True)
-    arguments = (x, [member.base_layer.weight.data], lora._constants(state), [], [a], [b], [2.0], 64, "nf4")
-    torch.library.opcheck(
-        lora._lora_products, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
-    )
+    weights, constants, stored = [member.base_layer.weight.data], lora._constants(state), ([2.0], 64, "nf4")
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(lora._lora_low, (x, weights, constants, [a], [b], *stored), test_utils=tests)
+    low, *shapes = lora._lora_low(x, weights, constants, [a], [b], *stored)
+    arguments = (x, low, shapes, weights, constants, [], [b], *stored)
+    torch.library.opcheck(lora._lora_products, arguments, test_utils=tests)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
