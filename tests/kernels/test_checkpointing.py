@@ -175,7 +175,8 @@ def test_inputs_are_fetched_one_layer_ahead(model):
 
     def watch(packed):
         tensor = unpack(packed)
-        seen.append([each.on_device is not None for each in offload.moved])
+        if tensor is not packed:
+            seen.append([each.on_device is not None for each in offload.moved])
         return tensor
 
     offload._unpack = watch

@@ -18,6 +18,8 @@ from lightning_qlora.memory import SimulationError, build_skeleton, simulate_ste
 from lightning_qlora.memory.simulation import _head
 from lightning_qlora.model import attach_adapters, load_base_model, set_activation_checkpointing
 
+pytestmark = pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")  # of torch 2.11
+
 WIDE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4}
 
 # family, documents, rank, plan, shape: tolerance is 5 % for each
