@@ -14,9 +14,51 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-__all__ = ["REQUIRED_FILES", "find_peft_model", "gather_adapter_state", "nonfinite_adapters", "write_adapter_folder"]
+from lightning_qlora.checkpoints.publishing import LocalStore
+
+__all__ = [
+    "REQUIRED_FILES",
+    "find_adapter",
+    "find_peft_model",
+    "gather_adapter_state",
+    "nonfinite_adapters",
+    "write_adapter_folder",
+]
 
 REQUIRED_FILES = ("adapter_model.safetensors", "adapter_config.json")
+
+
+def find_adapter(folder: str | Path) -> Path:
+    """Return an adapter's folder: the one given, or the newest whole checkpoint of the run that the one given holds.
+
+    Args:
+        folder: A PEFT folder, a folder of checkpoints, or a run's folder with ``checkpoints`` in it.
+
+    Raises:
+        NoValidCheckpointError: If it holds checkpoints, and all of them are damaged.
+        ValueError: If it holds none.
+    """
+    path = Path(folder).expanduser()
+    if (path / "adapter_config.json").is_file():
+        return path
+    for place in (path, path / "checkpoints"):
+        store = LocalStore(place)
+        if store.latest() is not None or store.published():  # not just anybody's adapters side by side
+            newest = store.newest_valid()
+            assert newest is not None
+            return Path(newest.path)
+    raise ValueError(
+        f"{str(folder)!r} is no adapter folder: {_contents(path)}. Write the folder that AdapterCheckpoint or PEFT's "
+        "save_pretrained made, or that of a run, whose newest checkpoint then counts."
+    )
+
+
+def _contents(path: Path) -> str:
+    if not path.is_dir():
+        return "it is a file" if path.exists() else "it does not exist"
+    names = sorted(entry.name for entry in path.iterdir())
+    held = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return f"it holds {held or 'nothing'}, but no adapter_config.json and no checkpoints"
 
 
 def find_peft_model(module: nn.Module) -> tuple[str, PeftModel]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import lightning as L
@@ -22,6 +23,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 from typing_extensions import override
 
+from lightning_qlora.checkpoints.adapter_folder import find_adapter
 from lightning_qlora.checkpoints.checkpoint_io import read_checkpoints_without_pickle
 from lightning_qlora.checkpoints.identity import check_adapter
 from lightning_qlora.checkpoints.loop_state import repair_loops
@@ -67,8 +69,9 @@ class CausalLMModule(L.LightningModule):
         model_name: The base: a Hugging Face id, a folder, a .gguf file, or package:NAME for a GGUF file that an
             installed Python package carries.
         revision: Branch, tag or commit of a Hugging Face id. Pin it to get the same base every time.
-        adapter: A PEFT folder to continue from, instead of fresh adapters. Its own configuration then counts, not
-            ``lora``. One that AdapterCheckpoint published is refused on another base, tokenizer or chat template.
+        adapter: A PEFT folder to continue from, instead of fresh adapters, or a run's folder for the newest whole
+            checkpoint in it. Its own configuration then counts, not ``lora``. One that AdapterCheckpoint published is
+            refused on another base, tokenizer or chat template.
         allow_mismatch: What may differ from what ``adapter`` was published with, all the same: base, quantization,
             tokenizer, chat_template.
         lora: PEFT's adapter configuration; every option of peft.LoraConfig works (DoRA, rsLoRA, rank patterns,
@@ -132,6 +135,7 @@ class CausalLMModule(L.LightningModule):
         self.model_name = model_name
         self.revision = revision
         self.adapter = adapter
+        self.adapter_folder: Path | None = None  # found when the model is built
         self.allow_mismatch = tuple(allow_mismatch or ())
         self.lora = lora
         self.quantization: Quantization = quantization
@@ -207,8 +211,9 @@ class CausalLMModule(L.LightningModule):
             )
         data = self._chat_data()
         if self.adapter is not None:
-            check_adapter(self.adapter, base, data.tokenizer if data is not None else None, self.allow_mismatch)
-            self.model = load_adapter(base, self.adapter, is_trainable=True).train()
+            self.adapter_folder = find_adapter(self.adapter)
+            check_adapter(self.adapter_folder, base, data.tokenizer if data is not None else None, self.allow_mismatch)
+            self.model = load_adapter(base, self.adapter_folder, is_trainable=True).train()
         else:
             tokens = self._tokens_to_train(base, data.control_token_ids if data is not None else ())
             self.model = attach_adapters(base, self.lora, token_ids_to_train=tokens)

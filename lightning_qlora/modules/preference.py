@@ -99,6 +99,7 @@ class PreferenceModule(CausalLMModule):
         self.precompute_reference = precompute_reference
         self.mean_chosen_tokens = mean_chosen_tokens
         self.reference_adapter: str | None = None
+        self._reference_record: dict[str, str] | None = None  # of a reference that is not the base
         self.metrics = nn.ModuleDict(
             {f"{stage}_": PreferenceMetrics(loss, with_loss=stage != "train") for stage in ("train", "val", "test")}
         )
@@ -111,12 +112,14 @@ class PreferenceModule(CausalLMModule):
 
     @override
     def on_model_built(self) -> None:
-        if self.adapter is None or not self.loss.needs_reference:
+        if self.adapter_folder is None or not self.loss.needs_reference:
             return
         assert self.model is not None
-        self.model.load_adapter(self.adapter, REFERENCE_ADAPTER, is_trainable=False)
+        self.model.load_adapter(str(self.adapter_folder), REFERENCE_ADAPTER, is_trainable=False)
         self.model.train()  # PEFT has put all of it into evaluation mode
         self.reference_adapter = REFERENCE_ADAPTER
+        folder = self.adapter_folder
+        self._reference_record = {"folder": str(folder), "sha256": adapter_digest(folder)}
 
     @override
     def on_fit_start(self) -> None:
@@ -179,7 +182,7 @@ class PreferenceModule(CausalLMModule):
             identity["base"] |= {"name": None, "revision": None}
         return {
             **identity,
-            "adapter": None if self.adapter is None else adapter_digest(self.adapter),
+            "adapter": None if self.adapter_folder is None else adapter_digest(self.adapter_folder),
             "precision": str(self.trainer.precision),
             "dtype": str(self.model.dtype),
         }
@@ -306,13 +309,25 @@ class PreferenceModule(CausalLMModule):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        checkpoint[CHECKPOINT_KEY]["kl"] = float(self._kl)
+        checkpoint[CHECKPOINT_KEY] |= {"kl": float(self._kl), "reference": self._reference_record}
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
+        self._check_reference(checkpoint[CHECKPOINT_KEY].get("reference", self._reference_record))
         self._kl = torch.tensor(checkpoint[CHECKPOINT_KEY].get("kl", 0.0))
         self._is_start_checked = True  # trained adapters are no longer where they started
+
+    def _check_reference(self, saved: dict[str, str] | None) -> None:
+        """Refuse to go on against another reference: rewards would be measured from another zero."""
+        found = self._reference_record
+        if (saved or {}).get("sha256") == (found or {}).get("sha256"):
+            return
+        told = ["the base" if record is None else f"the adapter in {record['folder']!r}" for record in (saved, found)]
+        raise ValueError(
+            f"The reference of the run that made this checkpoint was {told[0]}; that of this run is {told[1]}, "
+            f"which differs. Write adapter: {'null' if saved is None else saved['folder']}"
+        )
 
 
 def _sum_by_document(values_N: Tensor, batch: PreferenceBatch) -> Tensor:

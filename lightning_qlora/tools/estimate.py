@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import PeftConfig
 
 from lightning_qlora.accounting import step_flops
+from lightning_qlora.checkpoints.adapter_folder import find_adapter
 from lightning_qlora.memory import PLANS, Device, MemoryModel, Plan, Sharding, build_optimizer, build_skeleton
 from lightning_qlora.memory import optimizer_memory as memory_of_optimizer
 from lightning_qlora.model import compute_dtype
@@ -164,7 +165,9 @@ class _Builder:
         """Return the memory model, and the class of the optimizer."""
         module = self.module
         config = load_config(model_name, revision=module.revision, trust_remote_code=module.trust_remote_code)
-        adapters: Any = module.lora if module.adapter is None else PeftConfig.from_pretrained(module.adapter)
+        adapters: Any = (
+            module.lora if module.adapter is None else PeftConfig.from_pretrained(str(find_adapter(module.adapter)))
+        )
         skeleton = build_skeleton(
             config,
             adapters,

@@ -12,8 +12,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoTokenizer, BitsAndBytesConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lightning_qlora.checkpoints.adapter_folder import find_adapter
 from lightning_qlora.checkpoints.identity import check_adapter
-from lightning_qlora.checkpoints.publishing import LocalStore, read_manifest
+from lightning_qlora.checkpoints.publishing import read_manifest
 from lightning_qlora.data.chat_template import ChatTemplate
 from lightning_qlora.model import Quantization, compute_dtype, load_adapter, load_base_model, read_adapter_base
 from lightning_qlora.pretrained import load_tokenizer
@@ -42,7 +43,7 @@ def find_adapters(given: AdapterPaths) -> dict[str, Path]:
     """Name adapters and find their folders.
 
     Args:
-        given: Adapter folders, or folders of checkpoints, of which ``LATEST`` says the newest.
+        given: Adapter folders, or folders of runs, of which the newest whole checkpoint counts.
 
     Returns:
         The folders by name: the name given, or what tells the folder from the others.
@@ -51,8 +52,8 @@ def find_adapters(given: AdapterPaths) -> dict[str, Path]:
         ValueError: If a folder holds no adapter, or is given twice.
     """
     if isinstance(given, Mapping):
-        return {_as_module_name(name): _find_adapter(Path(folder)) for name, folder in given.items()}
-    folders = [_find_adapter(Path(folder)) for folder in ([given] if isinstance(given, str) else given or ())]
+        return {_as_module_name(name): find_adapter(folder) for name, folder in given.items()}
+    folders = [find_adapter(folder) for folder in ([given] if isinstance(given, str) else given or ())]
     return dict(zip(name_folders(folders), folders, strict=True))
 
 
@@ -77,18 +78,6 @@ def name_folders(folders: Sequence[Path]) -> list[str]:
 
 def _as_module_name(name: str) -> str:
     return name.replace(".", "_")  # module names cannot hold dots
-
-
-def _find_adapter(folder: Path) -> Path:
-    for place in (folder, folder / "checkpoints"):
-        latest = LocalStore(place).latest()
-        for candidate in (place, *([] if latest is None else [place / latest])):
-            if (candidate / "adapter_config.json").is_file():
-                return candidate
-    raise ValueError(
-        f"{str(folder)!r} is no adapter folder: it holds no adapter_config.json. Write the folder that "
-        "AdapterCheckpoint or PEFT's save_pretrained made, or the folder of a run's checkpoints."
-    )
 
 
 def load_for_answers(

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
+from lightning_qlora.checkpoints.adapter_folder import find_adapter
 from lightning_qlora.checkpoints.identity import check_adapter, identify_tokenizer, package_versions, refuse_differences
 from lightning_qlora.model import load_adapter, load_base_model
 from lightning_qlora.pretrained import load_tokenizer
@@ -56,7 +57,7 @@ def merge(
     weights to 4 bits again changes answers hundreds of times more than the merge itself.
 
     Args:
-        adapter: A PEFT folder, as AdapterCheckpoint writes it.
+        adapter: A PEFT folder, as AdapterCheckpoint writes it, or a run's folder for its newest checkpoint.
         output: The folder to write; must not exist, or be empty.
         onto: dequantized merges onto the 4-bit weights that the adapter was trained on, so that the result answers as
             the trained model did; original onto the base's own weights, which the adapter has never seen.
@@ -77,7 +78,7 @@ def merge(
         allow_mismatch: What may differ from the training: base, quantization, tokenizer, chat_template.
         trust_remote_code: Whether Python code from the base's repository may run.
     """
-    trained = _read_trained(Path(adapter), base, revision, quantization, base_dtype, trust_remote_code)
+    trained = _read_trained(find_adapter(adapter), base, revision, quantization, base_dtype, trust_remote_code)
     weights = BaseWeights(local_base(trained.base, trained.revision))
     _refuse_other_quantization(weights, onto)
     texts = _texts(trained, verify_on, verify_tokens) if verify else None

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -173,9 +174,9 @@ def test_an_adapter_of_another_base_is_refused_by_name(base, tmp_path):
     publisher = AdapterCheckpoint(tmp_path / "run", every_n_train_steps=1)
     run = trainer(callbacks=[publisher], enable_checkpointing=True, max_steps=1)
     run.fit(tiny_preference_module(base), loader(pair_batches(2)))
-    folder = LocalStore(tmp_path / "run").published()[-1].path
     assert not any("reference" in str(path) for path in (tmp_path / "run").rglob("*"))
-    built(base, adapter=folder)
+    folder = str(tmp_path / "run")  # the newest checkpoint in it
+    assert str(built(base, adapter=folder).adapter_folder) == LocalStore(folder).published()[0].path
     torch.manual_seed(9)
     other = save_tiny_model(tmp_path / "other", intermediate_size=64)
     with pytest.raises(IdentityMismatchError, match="base"):
@@ -373,6 +374,18 @@ def test_resumes_bit_for_bit_also_the_divergence(base, adapter, loss, continued,
     assert (saved["lightning_qlora"]["kl"] != 0) == loss.needs_kl
     assert results[0][1] == results[1][1]
     assert all(torch.equal(results[0][0][name], value) for name, value in results[1][0].items())
+
+
+def test_another_reference_is_refused_when_a_run_goes_on(base, adapter, tmp_path):
+    path = tmp_path / "half.ckpt"
+    first = tiny_preference_module(base, adapter=adapter)
+    trainer(max_epochs=2, callbacks=[SaveHalfway(path)]).fit(first, loader(pair_batches(2)))
+    save_adapter(first.model, tmp_path / "other")
+    for options in ({"adapter": str(tmp_path / "other")}, {"lora": {"lora_dropout": 0.3}}):
+        module = tiny_preference_module(base, **options)
+        told = re.escape(options.get("adapter", "the base"))
+        with pytest.raises(ValueError, match=rf"was the adapter in .*{told}.* Write adapter: {re.escape(adapter)}"):
+            trainer(max_epochs=3).fit(module, loader(pair_batches(2)), ckpt_path=path)
 
 
 def test_hyperparameters_written_are_plain_data(base):

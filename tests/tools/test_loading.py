@@ -4,13 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from lightning_qlora.checkpoints.publishing import LocalStore
 from lightning_qlora.tools.loading import find_adapters, name_folders, sampling_options
-
-
-def make_adapter(folder):
-    folder.mkdir(parents=True)
-    (folder / "adapter_config.json").write_text("{}")
-    return folder
 
 
 @pytest.mark.parametrize(
@@ -30,9 +25,13 @@ def test_a_name_is_what_tells_a_folder_from_the_others(folders, names):
     assert name_folders([Path(folder) for folder in folders]) == names
 
 
+def write_adapter(folder):
+    (folder / "adapter_config.json").write_text("{}")
+
+
 def test_a_run_stands_for_its_newest_checkpoint(tmp_path):
-    older, newest = make_adapter(tmp_path / "run/checkpoints/old"), make_adapter(tmp_path / "run/checkpoints/new")
-    (tmp_path / "run/checkpoints/LATEST").write_text("new\n")
+    store = LocalStore(tmp_path / "run/checkpoints")
+    older, newest = (Path(store.publish(name, write_adapter, {}).path) for name in ("old", "new"))
 
     assert find_adapters(str(tmp_path / "run")) == {"new": newest}
     assert find_adapters([str(tmp_path / "run" / "checkpoints")]) == {"new": newest}
@@ -42,7 +41,9 @@ def test_a_run_stands_for_its_newest_checkpoint(tmp_path):
 
 
 def test_refuses_no_adapter_and_the_same_one_twice(tmp_path):
-    folder = make_adapter(tmp_path / "a")
+    folder = tmp_path / "a"
+    folder.mkdir()
+    write_adapter(folder)
 
     with pytest.raises(ValueError, match="is no adapter folder"):
         find_adapters(str(tmp_path))
