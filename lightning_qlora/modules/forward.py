@@ -102,7 +102,7 @@ def _call_through(outer: nn.Module, inner: Callable[..., Any], **inputs: Any) ->
 
 @torch.no_grad()
 def _probe(base: Any, head: Head, isolates_documents: bool) -> tuple[bool, bool]:
-    """Find out by a document of two tokens, for any family there will be, what its forward may be replaced by.
+    """Find out by a document of four tokens, for any family there will be, what its forward may be replaced by.
 
     Returns:
         Whether its logits are just the head of the decoder's hidden states: some families scale or offset them
@@ -110,21 +110,22 @@ def _probe(base: Any, head: Head, isolates_documents: bool) -> tuple[bool, bool]
         lengths or the positions it is given; recurrent and convolutional layers (Mamba, LFM2, ...) go on over the
         border.
     """
-    ids_BL = torch.tensor([[1, 0, 0, 1]], device=head.output_embeddings.weight.device)  # type: ignore[arg-type]
-    alone: dict[str, Any] = {"input_ids": ids_BL[:, 2:], "use_cache": False}
+    # Of one token, whose embedding may be zero because it pads, other layers would carry nothing over the border.
+    ids_BL = torch.tensor([[0, 1, 2, 3, 3, 2, 1, 0]], device=head.output_embeddings.weight.device)  # type: ignore[arg-type]
+    alone: dict[str, Any] = {"input_ids": ids_BL[:, 4:], "use_cache": False}
     behind: dict[str, Any] = {
         "input_ids": ids_BL,
-        "position_ids": ids_BL.new_tensor([[0, 1, 0, 1]]),
+        "position_ids": ids_BL.new_tensor([[0, 1, 2, 3, 0, 1, 2, 3]]),
         "use_cache": False,
     }
     if isolates_documents:
-        behind |= packed_attention_arguments(ids_BL, (2, 2))
+        behind |= packed_attention_arguments(ids_BL, (4, 4))
     training = base.training
     base.eval()
     try:
         expected = base(**alone).logits
         by_head = head(base.get_decoder()(**alone).last_hidden_state)
-        distance = math.inf if base._is_stateful else float((base(**behind).logits[:, 2:] - expected).float().norm())
+        distance = math.inf if base._is_stateful else float((base(**behind).logits[:, 4:] - expected).float().norm())
     finally:
         base.train(training)
     is_plain = by_head.shape == expected.shape and torch.allclose(
