@@ -293,13 +293,13 @@ def read_dataset(data: Any, name: str, selection: Selection) -> Iterator[Entry]:
     Args:
         data: What ``open_dataset`` returned.
         name: Its name in origins.
-        selection: The rows that are wanted. Those before the first one are skipped without being decoded.
+        selection: The rows that are wanted. Those before the first one are not decoded where they can be sought.
     """
     if hasattr(data, "__len__"):
         rows = iter(data.select(range(min(selection.skip, len(data)), len(data))))
         skipped = min(selection.skip, len(data))
-    else:
-        rows = iter(data.skip(selection.skip))
+    else:  # read and dropped: datasets 4.8 skips only within the first shard
+        rows = itertools.islice(data, selection.skip, None)
         skipped = selection.skip
     yield from itertools.repeat(None, skipped)
     for position, record in enumerate(rows, skipped):

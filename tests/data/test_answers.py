@@ -43,7 +43,9 @@ def fit_one(row, max_length=10_000, overlong="drop_oldest_turns", template=None)
 
 def answer_of(row: TokenizedRow) -> str:
     ids = [token for token, supervised in zip(row.input_ids, row.supervised, strict=True) if supervised]
-    return chat().tokenizer.decode(ids).removesuffix("<|im_end|>")
+    if ids[-1:] == [chat().tokenizer.convert_tokens_to_ids("<|im_end|>")]:  # not the text that looks like it
+        ids.pop()
+    return chat().tokenizer.decode(ids)
 
 
 def prompt_of(row: TokenizedRow) -> list[int]:
