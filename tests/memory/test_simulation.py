@@ -69,7 +69,7 @@ def build_real_step(folder, lengths, rank, plan, fused=False):
 
 def measure(step):
     """The most during the forward pass, what is kept, the most during the backward pass, by torch's own allocator."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         loss = step()
         with record_function("forward is over"):
             pass
