@@ -125,6 +125,33 @@ def tiny_trainer(root: Path, *callbacks: L.Callback, **kwargs: Any) -> L.Trainer
     return L.Trainer(callbacks=list(callbacks), **{**defaults, **kwargs})
 
 
+def fit_to_exit(
+    base: str,
+    root: Path,
+    *callbacks: L.Callback,
+    module: Any = None,
+    data: Any = None,
+    ckpt_path: Any = None,
+    seed: int = 0,
+    dropout: float = 0.1,
+    **trainer_options: Any,
+) -> tuple[L.Trainer, Record, Any]:
+    """Train for an epoch; return the trainer, what it saw, and the code with which it would have exited."""
+    L.seed_everything(seed)
+    record = Record()
+    trainer = tiny_trainer(root, record, *callbacks, **{"max_epochs": 1, **trainer_options})
+    code = None
+    try:
+        trainer.fit(module or tiny_module(base, dropout=dropout), datamodule=data or TinyData(), ckpt_path=ckpt_path)
+    except SystemExit as exit_:
+        code = exit_.code
+    return trainer, record, code
+
+
+def trained_tensors(module: L.LightningModule) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
 def final_state(trainer: L.Trainer) -> dict[str, Any]:
     """Weights, optimizer, schedule, steps and the next random numbers."""
     module = trainer.lightning_module

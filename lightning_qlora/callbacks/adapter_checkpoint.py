@@ -300,9 +300,18 @@ class AdapterCheckpoint(ModelCheckpoint):
     def publish(self, trainer: L.Trainer) -> str:
         """Publish now, unless this step has been published already; return the directory.
 
-        To be called between optimizer steps, on all ranks.
+        To be called on all ranks.
+
+        Raises:
+            RuntimeError: In the middle of an optimizer step. What an error leaves there, perhaps half updated, is not
+                the state of any step.
         """
         if self._published_step != trainer.global_step:
+            if not self._boundary.is_here:
+                raise RuntimeError(
+                    f"The optimizer step after step {trainer.global_step} is not finished, so there is nothing whole "
+                    "to publish. Ask may_publish_now first, or use publish_at_boundary."
+                )
             self._save_extra(trainer)
         self._settle(trainer)
         return self._last_checkpoint_saved.removesuffix(self.FILE_EXTENSION)

@@ -35,6 +35,13 @@ PREEMPTED_EXIT_CODE = 143
 
 _NAMED_ROWS = 8
 
+_TORN_UPDATE = (
+    "\nIt ran out in the optimizer's own step: some tensors in memory may be updated and others not, which is the "
+    "state of no step, and AdapterCheckpoint does not publish it. Start again from the last checkpoint (ckpt_path: "
+    "last) rather than go on with this module. Optimizers with smaller states or steps help, such as PagedAdamW8bit "
+    "of bitsandbytes."
+)
+
 
 class NonFiniteError(ValueError):
     """A loss or gradient was NaN or infinite, and training was stopped before the update."""
@@ -118,6 +125,7 @@ class RunGuard(Callback):
         self._batch: Any = None
         self._window: list[tuple[Any, Tensor]] = []  # the micro-batches of the optimizer step under way, and their loss
         self._step = 0
+        self._is_updating = False
         self._losses = LossWatch(spike_threshold or math.inf)
 
     # Preemption
@@ -141,7 +149,7 @@ class RunGuard(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._listen()
         self._window.clear()
-        self._step = trainer.global_step
+        self._step, self._is_updating = trainer.global_step, False
         if self._any_rank_told(trainer):
             self._leave(trainer, None)
 
@@ -161,6 +169,7 @@ class RunGuard(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
         at_boundary, self._step = trainer.global_step > self._step, trainer.global_step
+        self._is_updating = False
         if trainer.world_size == 1:  # several ranks agree once per optimizer step, before the update
             self._leaving = self._flag.received is not None
         if at_boundary and self._leaving:
@@ -253,6 +262,7 @@ class RunGuard(Callback):
             self._handle_nonfinite(trainer, pl_module, optimizer, window)
         elif count_f:
             self._watch_for_spike(trainer, loss_sum_f * trainer.accumulate_grad_batches / count_f, window)
+        self._is_updating = True
 
     def _handle_nonfinite(
         self,
@@ -317,6 +327,8 @@ class RunGuard(Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if isinstance(exception, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(exception):
             note = _out_of_memory_note(trainer, self._batch)
+            if self._is_updating:
+                note += _TORN_UPDATE
             exception.add_note(note)
             log.error(note)
 

@@ -1,5 +1,4 @@
 import json
-import logging
 import math
 import os
 import signal
@@ -9,10 +8,10 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny_models import save_tiny_model
-from tiny_run import Record, TinyData, assert_equal, final_state, tiny_module, tiny_trainer
+from tiny_run import TinyData, assert_equal, final_state, fit_to_exit, tiny_module, tiny_trainer, trained_tensors
 
 from lightning_qlora.callbacks import AdapterCheckpoint, RunGuard
-from lightning_qlora.callbacks.run_guard import NonFiniteError, _out_of_memory_note
+from lightning_qlora.callbacks.run_guard import NonFiniteError
 from lightning_qlora.checkpoints.publishing import LocalStore
 from lightning_qlora.modules.sft import SFTModule
 
@@ -20,18 +19,6 @@ from lightning_qlora.modules.sft import SFTModule
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return save_tiny_model(tmp_path_factory.mktemp("base"))
-
-
-def fit(base, root, *callbacks, module=None, data=None, ckpt_path=None, seed=0, dropout=0.1, **trainer):
-    L.seed_everything(seed)
-    record = Record()
-    trainer = tiny_trainer(root, record, *callbacks, **{"max_epochs": 1, **trainer})
-    code = None
-    try:
-        trainer.fit(module or tiny_module(base, dropout=dropout), datamodule=data or TinyData(), ckpt_path=ckpt_path)
-    except SystemExit as exit_:
-        code = exit_.code
-    return trainer, record, code
 
 
 def checkpoint(root, **kwargs):
@@ -59,9 +46,13 @@ def check_preemption(base, tmp_path, calm, hook, at, number=signal.SIGTERM, time
     """Interrupt a run, continue it, and compare it with the one that was not interrupted."""
     trainer, record, code = calm
     assert code is None
-    _, first, code = fit(base, tmp_path, Tell(hook, at, number, times), RunGuard(), checkpoint(tmp_path), **options)
+    _, first, code = fit_to_exit(
+        base, tmp_path, Tell(hook, at, number, times), RunGuard(), checkpoint(tmp_path), **options
+    )
     assert code == 143
-    resumed, second, code = fit(base, tmp_path, RunGuard(), checkpoint(tmp_path), ckpt_path="last", seed=7, **options)
+    resumed, second, code = fit_to_exit(
+        base, tmp_path, RunGuard(), checkpoint(tmp_path), ckpt_path="last", seed=7, **options
+    )
     assert code is None
     assert first.rows + second.rows == record.rows  # none lost, none repeated
     assert first.losses + second.losses == record.losses
@@ -74,7 +65,7 @@ OPTIONS = {1: {"val_check_interval": 3}, 4: {"accumulate_grad_batches": 4, "val_
 @pytest.fixture(scope="module")
 def calm(base, tmp_path_factory):
     root = tmp_path_factory.mktemp("calm")
-    return {a: fit(base, root, checkpoint(root / str(a)), **options) for a, options in OPTIONS.items()}
+    return {a: fit_to_exit(base, root, checkpoint(root / str(a)), **options) for a, options in OPTIONS.items()}
 
 
 @pytest.mark.parametrize(
@@ -108,21 +99,23 @@ HOOKS = {
 @pytest.mark.parametrize(("hook", "times"), HOOKS.items())
 def test_a_signal_anywhere_loses_nothing(base, tmp_path, accumulate, hook, times, number):
     options = {**OPTIONS[accumulate], "max_epochs": 2}
-    calm = fit(base, tmp_path / "calm", checkpoint(tmp_path / "calm"), **options)
+    calm = fit_to_exit(base, tmp_path / "calm", checkpoint(tmp_path / "calm"), **options)
     for at in range(times):
         check_preemption(base, tmp_path / str(at), calm, hook, at, number, times=1 + at % 2, **options)
 
 
 def test_three_interruptions_in_a_row(base, tmp_path):
     options = {"max_epochs": 2, "accumulate_grad_batches": 2, "val_check_interval": 3}
-    calm, record, _ = fit(base, tmp_path / "calm", checkpoint(tmp_path / "calm"), **options)
+    calm, record, _ = fit_to_exit(base, tmp_path / "calm", checkpoint(tmp_path / "calm"), **options)
     rows = []
     for seed in range(3):
         callbacks = Tell("on_train_batch_start", 1), RunGuard(), checkpoint(tmp_path)
-        _, part, code = fit(base, tmp_path, *callbacks, ckpt_path="last" if seed else None, seed=seed, **options)
+        _, part, code = fit_to_exit(
+            base, tmp_path, *callbacks, ckpt_path="last" if seed else None, seed=seed, **options
+        )
         assert code == 143
         rows += part.rows
-    end, part, code = fit(base, tmp_path, RunGuard(), checkpoint(tmp_path), ckpt_path="last", seed=9, **options)
+    end, part, code = fit_to_exit(base, tmp_path, RunGuard(), checkpoint(tmp_path), ckpt_path="last", seed=9, **options)
     assert code is None
     assert rows + part.rows == record.rows
     assert_equal(final_state(calm), final_state(end))
@@ -139,29 +132,29 @@ def test_other_callbacks_see_the_last_batch_before_it_is_published(base, tmp_pat
         def state_dict(self):
             return {"seen": self.seen}
 
-    fit(base, tmp_path, Tell("on_train_batch_start", 2), RunGuard(), Counts(), checkpoint(tmp_path))
+    fit_to_exit(base, tmp_path, Tell("on_train_batch_start", 2), RunGuard(), Counts(), checkpoint(tmp_path))
     folder = LocalStore(tmp_path / "checkpoints").newest_valid().path
     assert torch.load(f"{folder}/trainer.ckpt", weights_only=True)["callbacks"]["Counts"] == {"seen": 3}
 
 
 def test_before_the_first_step_there_is_nothing_to_save(base, tmp_path):
     tell = Tell("on_sanity_check_start", 0)
-    trainer, record, code = fit(base, tmp_path, RunGuard(), tell, checkpoint(tmp_path), num_sanity_val_steps=1)
+    trainer, record, code = fit_to_exit(base, tmp_path, RunGuard(), tell, checkpoint(tmp_path), num_sanity_val_steps=1)
     assert (code, trainer.global_step, record.rows) == (143, 0, [])
     assert not (tmp_path / "checkpoints").exists()
 
 
 def test_the_handlers_from_before_are_put_back(base, tmp_path):
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
-    fit(base, tmp_path, RunGuard(), checkpoint(tmp_path), max_steps=1)
-    fit(base, tmp_path / "b", Tell("on_train_batch_start", 0), RunGuard(), checkpoint(tmp_path / "b"))
+    fit_to_exit(base, tmp_path, RunGuard(), checkpoint(tmp_path), max_steps=1)
+    fit_to_exit(base, tmp_path / "b", Tell("on_train_batch_start", 0), RunGuard(), checkpoint(tmp_path / "b"))
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
 
 
 def test_without_adapter_checkpoint_it_still_ends_between_steps(base, tmp_path):
     tell = Tell("on_train_batch_start", 1)
     with pytest.warns(UserWarning, match="finds no AdapterCheckpoint"):
-        trainer, record, code = fit(
+        trainer, record, code = fit_to_exit(
             base, tmp_path, tell, RunGuard(), ModelCheckpoint(tmp_path / "c"), accumulate_grad_batches=2
         )
     assert (code, trainer.global_step, len(record.rows)) == (143, 1, 2)
@@ -175,7 +168,7 @@ def test_slurm_requeue_happens_at_the_boundary(base, tmp_path, monkeypatch):
     scontrol = "lightning.pytorch.trainer.connectors.signal_connector.call"
     monkeypatch.setattr(scontrol, lambda command: calls.append(command) or 0)
     tell = Tell("on_after_backward", 0, signal.SIGUSR1)
-    trainer, _, code = fit(base, tmp_path, tell, RunGuard(), checkpoint(tmp_path), accumulate_grad_batches=2)
+    trainer, _, code = fit_to_exit(base, tmp_path, tell, RunGuard(), checkpoint(tmp_path), accumulate_grad_batches=2)
     assert (code, trainer.global_step) == (143, 1)
     assert calls == [["scontrol", "requeue", "5"]]
     assert torch.load(tmp_path / "hpc_ckpt_1.ckpt", weights_only=True)["global_step"] == 1
@@ -209,10 +202,6 @@ def spoiled_module(base, **attributes):
     return module
 
 
-def weights(module):
-    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
-
-
 @pytest.mark.parametrize("accumulate", [1, 4])
 @pytest.mark.parametrize("how", ["loss", "gradient"])
 def test_stops_before_the_update(base, tmp_path, accumulate, how):
@@ -222,12 +211,12 @@ def test_stops_before_the_update(base, tmp_path, accumulate, how):
     class Watch(L.Callback):
         def on_before_optimizer_step(self, trainer, module, optimizer):
             before.clear()
-            before.update(weights(module))
+            before.update(trained_tensors(module))
 
     with pytest.raises(NonFiniteError, match=rf"{how} is NaN or infinite") as raised:
-        fit(base, tmp_path, Watch(), RunGuard(), checkpoint(tmp_path, every_n_train_steps=1), module=module,
+        fit_to_exit(base, tmp_path, Watch(), RunGuard(), checkpoint(tmp_path, every_n_train_steps=1), module=module,
             accumulate_grad_batches=accumulate)  # fmt: skip
-    assert_equal(before, weights(module))
+    assert_equal(before, trained_tensors(module))
     assert "train.jsonl:9, train.jsonl:10" in str(raised.value)
     newest = LocalStore(tmp_path / "checkpoints").newest_valid()
     assert newest.metadata["step"] == {1: 5, 4: 1}[accumulate]
@@ -248,7 +237,7 @@ def test_stops_before_the_update(base, tmp_path, accumulate, how):
 def test_stops_before_any_nonfinite_update(base, tmp_path, accumulate, value, row):
     module = spoiled_module(base, value=value, spoiled=(2 * row, 2 * row + 1))
     with pytest.raises(NonFiniteError):
-        fit(base, tmp_path, RunGuard(), checkpoint(tmp_path), module=module, accumulate_grad_batches=accumulate)
+        fit_to_exit(base, tmp_path, RunGuard(), checkpoint(tmp_path), module=module, accumulate_grad_batches=accumulate)
     assert all(bool(torch.isfinite(tensor).all()) for tensor in module.state_dict().values())
 
 
@@ -258,11 +247,11 @@ def test_skips_and_goes_on(base, tmp_path):
 
     class Watch(L.Callback):
         def on_train_batch_end(self, trainer, module, *args):
-            seen.append(weights(module))
+            seen.append(trained_tensors(module))
 
     guard = RunGuard(on_nonfinite="skip")
     with pytest.warns(UserWarning, match=r"left out \(1 of at most 3\)"):
-        trainer, record, code = fit(base, tmp_path, Watch(), guard, checkpoint(tmp_path), module=module)
+        trainer, record, code = fit_to_exit(base, tmp_path, Watch(), guard, checkpoint(tmp_path), module=module)
     index = record.rows.index([4, 5])
     assert (code, trainer.global_step, guard.num_skipped) == (None, 6, 1)
     assert_equal(seen[index], seen[index - 1])
@@ -277,16 +266,18 @@ def test_stops_after_so_many_skips(base, tmp_path):
     module = spoiled_module(base)
     guard = RunGuard(on_nonfinite="skip", max_skips=2)
     with pytest.raises(NonFiniteError, match="2 updates have been left out before"):
-        fit(base, tmp_path, guard, checkpoint(tmp_path), module=module, max_epochs=5)
+        fit_to_exit(base, tmp_path, guard, checkpoint(tmp_path), module=module, max_epochs=5)
     assert guard.num_skipped == 2
 
 
 @pytest.mark.filterwarnings("ignore:(?s).*left out")
 def test_skips_are_counted_across_restarts(base, tmp_path):
     module = spoiled_module(base)
-    fit(base, tmp_path, RunGuard("skip"), checkpoint(tmp_path), module=module)
+    fit_to_exit(base, tmp_path, RunGuard("skip"), checkpoint(tmp_path), module=module)
     guard = RunGuard("skip")
-    fit(base, tmp_path, guard, checkpoint(tmp_path), module=spoiled_module(base), max_epochs=2, ckpt_path="last")
+    fit_to_exit(
+        base, tmp_path, guard, checkpoint(tmp_path), module=spoiled_module(base), max_epochs=2, ckpt_path="last"
+    )
     assert guard.num_skipped == 2
 
 
@@ -294,7 +285,7 @@ def test_a_report_that_cannot_be_written_does_not_hide_the_error(base, tmp_path)
     (tmp_path / "file").touch()
     guard = RunGuard(report_dir=str(tmp_path / "file/x"))
     with pytest.raises(NonFiniteError, match=r"saved to nowhere \(.*Not a directory"):
-        fit(base, tmp_path, guard, checkpoint(tmp_path), module=spoiled_module(base))
+        fit_to_exit(base, tmp_path, guard, checkpoint(tmp_path), module=spoiled_module(base))
 
 
 class AllMasked(TinyData):
@@ -309,7 +300,7 @@ class AllMasked(TinyData):
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_a_batch_without_supervised_tokens_is_zero_not_nan(base, tmp_path, accumulate):
-    trainer, record, code = fit(
+    trainer, record, code = fit_to_exit(
         base, tmp_path, RunGuard(), checkpoint(tmp_path), data=AllMasked(), accumulate_grad_batches=accumulate
     )
     assert (code, trainer.global_step) == (None, 6 // accumulate)
@@ -350,11 +341,11 @@ def test_a_jump_of_the_loss_is_told(base, tmp_path):
     module = tiny_module(base)
     module.__class__ = Jump
     with pytest.warns(UserWarning, match=r"The loss jumped to .* at step 20, from about .*rows: train\.jsonl"):
-        fit(base, tmp_path, RunGuard(), checkpoint(tmp_path), module=module, data=TinyData(batches=24))
+        fit_to_exit(base, tmp_path, RunGuard(), checkpoint(tmp_path), module=module, data=TinyData(batches=24))
 
 
 def test_an_ordinary_run_has_no_jumps(base, tmp_path, recwarn):
-    fit(base, tmp_path, RunGuard(), checkpoint(tmp_path), data=TinyData(batches=40))
+    fit_to_exit(base, tmp_path, RunGuard(), checkpoint(tmp_path), data=TinyData(batches=40))
     assert not [w for w in recwarn if "jumped" in str(w.message)]
 
 
@@ -369,7 +360,7 @@ def test_a_loss_that_stays_high_is_told(base, tmp_path):
     with pytest.warns(
         UserWarning, match=r"The loss has risen to about \d.* over the 8 steps up to step 3\d, from about"
     ):
-        fit(base, tmp_path, RunGuard(), checkpoint(tmp_path), module=module, data=TinyData(batches=44))
+        fit_to_exit(base, tmp_path, RunGuard(), checkpoint(tmp_path), module=module, data=TinyData(batches=44))
 
 
 def test_no_threshold_no_warning(base, tmp_path, recwarn):
@@ -380,111 +371,8 @@ def test_no_threshold_no_warning(base, tmp_path, recwarn):
     module = tiny_module(base)
     module.__class__ = Jump
     guard = RunGuard(spike_threshold=None)
-    fit(base, tmp_path, guard, checkpoint(tmp_path), module=module, data=TinyData(batches=24))
+    fit_to_exit(base, tmp_path, guard, checkpoint(tmp_path), module=module, data=TinyData(batches=24))
     assert not [w for w in recwarn if "jumped" in str(w.message)]
-
-
-# Memory
-
-
-PLACES = {"training_step": 3, "backward": 3, "optimizer_step": 3, "validation_step": 1}
-
-
-def hungry(base, place, error=None, at=None):
-    """A module that runs out of memory at the n-th call of a hook."""
-    calls = []
-
-    def fail(self, *args, **kwargs):
-        calls.append(1)
-        if len(calls) == (at or PLACES.get(place, 1)):
-            raise error or torch.OutOfMemoryError("CUDA out of memory.")
-        return getattr(SFTModule, place)(self, *args, **kwargs)
-
-    module = tiny_module(base)
-    module.__class__ = type("Hungry", (SFTModule,), {place: fail})
-    return module
-
-
-class Sizes(L.Callback):
-    """How many tokens the batches have, and the weights after each step."""
-
-    def __init__(self):
-        self.batches, self.weights = [], {}
-
-    def on_train_batch_start(self, trainer, module, batch, index):
-        self.batches.append(batch["input_ids"].shape)
-
-    def on_train_batch_end(self, trainer, module, *args):
-        self.weights[trainer.global_step] = weights(module)
-
-
-@pytest.mark.parametrize("place", PLACES)
-def test_out_of_memory_says_what_did_not_fit(base, tmp_path, place, caplog):
-    module = hungry(base, place)
-    with caplog.at_level(logging.ERROR), pytest.raises(torch.OutOfMemoryError) as raised:
-        fit(base, tmp_path, RunGuard(), checkpoint(tmp_path, every_n_train_steps=1), module=module)
-    note = "".join(raised.value.__notes__)
-    assert "tokens, 2 documents of at most" in note
-    assert "tokens_per_batch" in note
-    assert ("validation" in note.splitlines()[0]) == (place == "validation_step")
-    assert note in caplog.text
-    expected = 6 if place == "validation_step" else 2
-    assert LocalStore(tmp_path / "checkpoints").newest_valid().metadata["step"] == expected
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("place", ["training_step", "backward", "optimizer_step"])
-def test_out_of_memory_leaves_no_partial_update_and_the_batches_as_they_were(base, tmp_path, place, accumulate):
-    options = {"accumulate_grad_batches": accumulate, "max_epochs": 2}
-    whole = Sizes()
-    fit(base, tmp_path / "calm", whole, checkpoint(tmp_path / "calm"), **options)
-    module, sizes = hungry(base, place, at=4), Sizes()
-    publish = checkpoint(tmp_path, every_n_train_steps=1, save_on_exception=True)
-    with pytest.raises(torch.OutOfMemoryError):
-        fit(base, tmp_path, sizes, RunGuard(), publish, module=module, **options)
-    assert_equal(weights(module), whole.weights[max(sizes.weights)])
-    resumed = Sizes()
-    trainer, _, _ = fit(base, tmp_path, resumed, RunGuard(), publish, ckpt_path="last", seed=5, **options)
-    assert resumed.batches == whole.batches[-len(resumed.batches) :]
-    assert_equal(weights(trainer.lightning_module), whole.weights[max(whole.weights)])
-
-
-@pytest.mark.parametrize(("stage", "place"), [("test", "test_step"), ("predict", "predict_step")])
-def test_out_of_memory_in_other_stages(base, tmp_path, stage, place):
-    class Data(TinyData):
-        test_dataloader = predict_dataloader = TinyData.val_dataloader
-
-    module = hungry(base, place)
-    with pytest.raises(torch.OutOfMemoryError) as raised:
-        getattr(tiny_trainer(tmp_path, RunGuard()), stage)(module, datamodule=Data())
-    note = "".join(raised.value.__notes__)
-    assert f"Out of memory in {stage[:4]}" in note
-    assert "tokens, 2 documents" in note
-    assert "checkpoint" not in note
-
-
-def test_out_of_memory_of_a_cpu(base, tmp_path):
-    error = RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory")
-    with pytest.raises(RuntimeError) as raised:
-        fit(base, tmp_path, RunGuard(), checkpoint(tmp_path), module=hungry(base, "backward", error))
-    assert "Out of memory in training at step 2" in "".join(raised.value.__notes__)
-
-
-def test_out_of_memory_of_a_gpu_shows_its_memory(base, tmp_path, monkeypatch):
-    trainer, _, _ = fit(base, tmp_path, max_steps=1)
-    figures = {"memory_allocated": 3, "memory_reserved": 5, "max_memory_allocated": 4}
-    for name, gib in figures.items():
-        monkeypatch.setattr(torch.cuda, name, lambda device, gib=gib: gib * 2**30)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**29, 8 * 2**30))
-    monkeypatch.setattr(type(trainer.strategy), "root_device", torch.device("cuda:0"))
-    table = _out_of_memory_note(trainer, {"input_ids": torch.zeros(2, 7)})
-    for words in (
-        "2 x 7 = 14 tokens",
-        "allocated     3.00 GiB",
-        "reserved      5.00",
-        "free          0.50 GiB of 8.00",
-    ):
-        assert words in table
 
 
 # Options
