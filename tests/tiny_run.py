@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from peft import LoraConfig
-from tiny_models import random_batch
+from tiny_models import random_batch, save_tiny_model
+from tiny_preferences import as_batch, random_documents
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
-from lightning_qlora.modules.sft import SFTModule
+from lightning_qlora.losses import DPOLoss, ORPOLoss
+from lightning_qlora.model import save_adapter
+from lightning_qlora.modules import PreferenceModule, SFTModule
 
 
 class Batches(Dataset[dict[str, Any]]):
@@ -28,6 +32,14 @@ class Batches(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         batch = random_batch((5 + index % 4, 7), vocab_size=100, seed=index + self.offset)
         return {**batch, "row_ids": (2 * index, 2 * index + 1)}
+
+
+class Pairs(Batches):
+    """Batch ``i`` holds the two answers of a pair, whose ids are ``2 i`` and ``2 i + 1``."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        documents, masks = random_documents([(4, 3 + index % 4), (4, 5)], seed=index + self.offset)
+        return as_batch(documents, masks, chosen=[0], rejected=[1], first_row=2 * index)
 
 
 class Sampler(DistributedSampler[int]):
@@ -56,6 +68,8 @@ class Loader(DataLoader[dict[str, Any]]):
 class TinyData(L.LightningDataModule):
     """Shuffled training batches and some for validation; its position comes from the trainer's own count."""
 
+    kind: type[Batches] = Batches
+
     def __init__(self, batches: int = 6, val_batches: int = 2, workers: int = 0, fingerprint: str = "tiny") -> None:
         super().__init__()
         self.batches, self.val_batches, self.workers, self.fingerprint = batches, val_batches, workers, fingerprint
@@ -66,12 +80,12 @@ class TinyData(L.LightningDataModule):
         ranks = self.trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
         sampler = Sampler(range(self.batches), shuffle=True, seed=1, **ranks)
         kwargs: dict[str, Any] = {"batch_size": None, "sampler": sampler, "num_workers": self.workers}
-        self._loader = Loader(Batches(self.batches), **kwargs)
+        self._loader = Loader(self.kind(self.batches), **kwargs)
         self._loader.skip = self._skip
         return self._loader
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
-        return DataLoader(Batches(self.val_batches, offset=1000), batch_size=None)
+        return DataLoader(self.kind(self.val_batches, offset=1000), batch_size=None)
 
     def origins(self, row_ids: tuple[int, ...], stage: str = "train") -> list[str]:
         return [f"{stage}.jsonl:{row_id + 1}" for row_id in row_ids]
@@ -85,6 +99,12 @@ class TinyData(L.LightningDataModule):
         self._skip = state["done"]
         if self._loader is not None:
             self._loader.skip = self._skip
+
+
+class TinyPairs(TinyData):
+    """The same of pairs of answers."""
+
+    kind = Pairs
 
 
 class Record(L.Callback):
@@ -109,6 +129,35 @@ def tiny_module(
     return kind(base, lora=config, **{"activation_checkpointing": "none", "lr": 1e-2, **kwargs})
 
 
+@dataclass(frozen=True)
+class Job:
+    """What a tiny run trains: a kind of module on a base, and batches for it."""
+
+    base: str
+    kind: str = "SFT"
+    adapter: str | None = None
+
+    def module(self, **options: Any) -> Any:
+        if self.kind == "SFT":
+            return tiny_module(self.base, **options)
+        if self.kind == "DPO":  # with a reference: the adapter that it goes on from
+            return tiny_module(self.base, kind=PreferenceModule, loss=DPOLoss(), adapter=self.adapter, **options)
+        return tiny_module(self.base, kind=PreferenceModule, loss=ORPOLoss(), mean_chosen_tokens=4.5, **options)
+
+    def data(self, **options: Any) -> TinyData:
+        return (TinyData if self.kind == "SFT" else TinyPairs)(**options)
+
+
+def make_jobs(folder: Path, **model: Any) -> dict[str, Job]:
+    """Write a base, and an adapter of it away from zero; return a job of each kind on them."""
+    base = save_tiny_model(folder / "base", **model)
+    started = tiny_module(base, untrained_tokens="ignore")
+    started.configure_model()
+    torch.nn.init.normal_(next(p for n, p in started.named_parameters() if "lora_B" in n), std=0.1)
+    save_adapter(started.model, folder / "adapter")
+    return {kind: Job(base, kind, str(folder / "adapter")) for kind in ("SFT", "DPO", "ORPO")}
+
+
 def tiny_trainer(root: Path, *callbacks: L.Callback, **kwargs: Any) -> L.Trainer:
     defaults: dict[str, Any] = {
         "accelerator": "cpu",
@@ -126,23 +175,26 @@ def tiny_trainer(root: Path, *callbacks: L.Callback, **kwargs: Any) -> L.Trainer
 
 
 def fit_to_exit(
-    base: str,
+    job: str | Job,
     root: Path,
     *callbacks: L.Callback,
     module: Any = None,
     data: Any = None,
     ckpt_path: Any = None,
     seed: int = 0,
-    dropout: float = 0.1,
     **trainer_options: Any,
 ) -> tuple[L.Trainer, Record, Any]:
-    """Train for an epoch; return the trainer, what it saw, and the code with which it would have exited."""
+    """Train for an epoch; return the trainer, what it saw, and the code with which it would have exited.
+
+    ``job`` may be the base of a supervised one.
+    """
+    job = Job(job) if isinstance(job, str) else job
     L.seed_everything(seed)
     record = Record()
     trainer = tiny_trainer(root, record, *callbacks, **{"max_epochs": 1, **trainer_options})
     code = None
     try:
-        trainer.fit(module or tiny_module(base, dropout=dropout), datamodule=data or TinyData(), ckpt_path=ckpt_path)
+        trainer.fit(module or job.module(), datamodule=data or job.data(), ckpt_path=ckpt_path)
     except SystemExit as exit_:
         code = exit_.code
     return trainer, record, code

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import tiny_tokenizer
 from tiny_models import save_tiny_model
-from tiny_run import TinyData, tiny_module, tiny_trainer
+from tiny_run import Job, TinyData, make_jobs, tiny_module, tiny_trainer
 
 from lightning_qlora.callbacks import AdapterCheckpoint
 from lightning_qlora.callbacks.adapter_checkpoint import NonFiniteAdapterError
@@ -34,13 +34,21 @@ PEFT_FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("base"), tokenizer=tiny_tokenizer("chatml"))
+def jobs(tmp_path_factory):
+    return make_jobs(tmp_path_factory.mktemp("jobs"), tokenizer=tiny_tokenizer("chatml"))
 
 
-def fit(base, root, checkpoint, *callbacks, data=None, module=None, ckpt_path=None, **trainer):
+@pytest.fixture(scope="module")
+def base(jobs):
+    return jobs["SFT"].base
+
+
+def fit(job, root, checkpoint, *callbacks, data=None, module=None, ckpt_path=None, **trainer):
+    """Train; ``job`` may be the base of a supervised one."""
+    job = Job(job) if isinstance(job, str) else job
     trainer = tiny_trainer(root, checkpoint, *callbacks, **{"max_epochs": 1, **trainer})
-    trainer.fit(module or tiny_module(base), datamodule=data or TinyData(), ckpt_path=ckpt_path)
+    module = module or job.module(untrained_tokens="ignore")
+    trainer.fit(module, datamodule=data or job.data(), ckpt_path=ckpt_path)
     return trainer
 
 
@@ -48,12 +56,17 @@ def names(root):
     return [p.name for p in reversed(LocalStore(root).published())]
 
 
+@pytest.fixture(scope="module", params=["SFT", "DPO", "ORPO"])
+def job(jobs, request):
+    return jobs[request.param]
+
+
 @pytest.fixture(scope="module")
-def run(base, tmp_path_factory):
+def run(job, tmp_path_factory):
     """A finished run of 6 steps that published after steps 3 and 6."""
     root = tmp_path_factory.mktemp("run")
     checkpoint = AdapterCheckpoint(every_n_train_steps=3)
-    trainer = fit(base, root, checkpoint)
+    trainer = fit(job, root, checkpoint)
     return trainer, checkpoint, root / "checkpoints"
 
 
@@ -265,14 +278,14 @@ def test_nothing_is_written_in_a_trial_run(base, tmp_path):
 # Going on
 
 
-def test_last_best_directory_and_file(base, tmp_path, run):
+def test_last_best_directory_and_file(job, tmp_path, run):
     _, _, root = run
     shutil.copytree(root, tmp_path / "checkpoints")
     for path in ("last", str(tmp_path / "checkpoints/epoch=0-step=6"), root / "epoch=0-step=6/trainer.ckpt"):
-        trainer = fit(base, tmp_path, AdapterCheckpoint(), ckpt_path=path, max_epochs=1)
+        trainer = fit(job, tmp_path, AdapterCheckpoint(), ckpt_path=path, max_epochs=1)
         assert trainer.global_step == 6
     trainer, _, _ = run
-    assert trainer.validate(datamodule=TinyData(), ckpt_path="best", verbose=False)[0]["val_loss"] > 0
+    assert trainer.validate(datamodule=job.data(), ckpt_path="best", verbose=False)[0]["val_loss"] > 0
 
 
 def test_last_without_any_starts_afresh_and_says_so(base, tmp_path, caplog):
@@ -282,29 +295,30 @@ def test_last_without_any_starts_afresh_and_says_so(base, tmp_path, caplog):
     assert "training starts from the beginning" in caplog.text
 
 
-def test_last_passes_over_damage_or_refuses(base, tmp_path, run):
+def test_last_passes_over_damage_or_refuses(job, tmp_path, run):
     _, _, root = run
     copy = Path(shutil.copytree(root, tmp_path / "checkpoints"))
     (copy / "epoch=0-step=6" / "adapter_model.safetensors").write_bytes(b"x")
-    trainer = fit(base, tmp_path, AdapterCheckpoint(), ckpt_path="last", max_steps=4)
+    trainer = fit(job, tmp_path, AdapterCheckpoint(), ckpt_path="last", max_steps=4)
     assert trainer.global_step == 4
     shutil.rmtree(copy / "epoch=0-step=4")
     (copy / "epoch=0-step=3" / "manifest.json").unlink()
     with pytest.raises(NoValidCheckpointError, match="No checkpoint in .* is whole"):
-        fit(base, tmp_path, AdapterCheckpoint(), ckpt_path="last")
+        fit(job, tmp_path, AdapterCheckpoint(), ckpt_path="last")
 
 
-def test_a_damaged_checkpoint_named_itself_is_refused(base, tmp_path, run):
+def test_a_damaged_checkpoint_named_itself_is_refused(job, tmp_path, run):
     _, _, root = run
     copy = Path(shutil.copytree(root / "epoch=0-step=6", tmp_path / "c"))
     (copy / "adapter_config.json").write_text("{}")
     with pytest.raises(DamagedCheckpointError, match=r"adapter_config\.json"):
-        fit(base, tmp_path, AdapterCheckpoint(), ckpt_path=copy)
+        fit(job, tmp_path, AdapterCheckpoint(), ckpt_path=copy)
     (copy / "manifest.json").unlink()
     with pytest.raises(DamagedCheckpointError, match=r"manifest\.json"):
-        fit(base, tmp_path, AdapterCheckpoint(), ckpt_path=copy)
+        fit(job, tmp_path, AdapterCheckpoint(), ckpt_path=copy)
 
 
+@pytest.mark.parametrize("job", ["SFT"], indirect=True)
 @pytest.mark.parametrize(
     ("change", "field"),
     [
@@ -330,11 +344,13 @@ def test_a_checkpoint_of_something_else_is_refused(base, tmp_path, run, change, 
         assert resume(allow_mismatch=[field.partition(".")[0].partition(":")[0]]).global_step == 4
 
 
-def test_evaluation_may_use_other_data(base, tmp_path, run):
+def test_evaluation_may_use_other_data(job, tmp_path, run):
     _, _, root = run
     trainer = tiny_trainer(tmp_path, AdapterCheckpoint())
-    data = TinyData(fingerprint="other")
-    trainer.validate(tiny_module(base), datamodule=data, ckpt_path=root / "epoch=0-step=3", verbose=False)
+    data = job.data(fingerprint="other")
+    trainer.validate(
+        job.module(untrained_tokens="ignore"), datamodule=data, ckpt_path=root / "epoch=0-step=3", verbose=False
+    )
 
 
 def test_a_moved_folder_goes_on_and_knows_its_best(base, tmp_path):
@@ -349,10 +365,10 @@ def test_a_moved_folder_goes_on_and_knows_its_best(base, tmp_path):
     assert checkpoint.best_model_path == str(tmp_path / "there/step=4/trainer.ckpt")
 
 
-def test_a_run_may_branch_into_another_folder(base, tmp_path, run):
+def test_a_run_may_branch_into_another_folder(job, tmp_path, run):
     _, _, root = run
     checkpoint = AdapterCheckpoint(tmp_path / "branch")
-    trainer = fit(base, tmp_path, checkpoint, ckpt_path=root / "epoch=0-step=3", max_epochs=2)
+    trainer = fit(job, tmp_path, checkpoint, ckpt_path=root / "epoch=0-step=3", max_epochs=2)
     assert trainer.global_step == 12
     assert names(tmp_path / "branch") == ["epoch=0-step=6", "epoch=1-step=12"]
     assert names(root) == ["epoch=0-step=3", "epoch=0-step=6"]

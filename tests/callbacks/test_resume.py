@@ -4,16 +4,13 @@ import json
 
 import lightning as L
 import pytest
-import torch
 from tiny import tiny_tokenizer
-from tiny_models import save_tiny_model
-from tiny_run import Record, TinyData, assert_equal, final_state, tiny_module, tiny_trainer
+from tiny_run import Record, TinyData, assert_equal, final_state, make_jobs, tiny_module, tiny_trainer
 
 from lightning_qlora.callbacks import AdapterCheckpoint
 from lightning_qlora.checkpoints.publishing import LocalStore
 from lightning_qlora.data import PreferenceDataModule, SFTDataModule
 from lightning_qlora.losses import DPOLoss, KTOLoss, ORPOLoss
-from lightning_qlora.model import save_adapter
 from lightning_qlora.modules import PreferenceModule, SFTModule
 
 QUESTIONS = ("What is {}?", "Please think about {} for a while, and then think again.", "{}")
@@ -28,11 +25,7 @@ def cache(tmp_path, monkeypatch):
 def task(tmp_path_factory):
     """A folder with a base, an adapter of it, and files of chats and of pairs to train and validate on."""
     root = tmp_path_factory.mktemp("task")
-    save_tiny_model(root / "base", tokenizer=tiny_tokenizer("chatml"), num_hidden_layers=1)
-    started = tiny_module(str(root / "base"), untrained_tokens="ignore")
-    started.configure_model()
-    torch.nn.init.normal_(next(p for n, p in started.named_parameters() if "lora_B" in n), std=0.1)
-    save_adapter(started.model, root / "adapter")
+    make_jobs(root, tokenizer=tiny_tokenizer("chatml"), num_hidden_layers=1)
     for name, count in (("train", 24), ("val", 4)):
         with open(root / f"{name}.jsonl", "w") as chats, open(root / f"{name}_pairs.jsonl", "w") as pairs:
             for i in range(count):

@@ -1,3 +1,4 @@
+import functools
 import json
 import math
 import os
@@ -7,8 +8,17 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from tiny_models import save_tiny_model
-from tiny_run import TinyData, assert_equal, final_state, fit_to_exit, tiny_module, tiny_trainer, trained_tensors
+from tiny_run import (
+    Job,
+    TinyData,
+    assert_equal,
+    final_state,
+    fit_to_exit,
+    make_jobs,
+    tiny_module,
+    tiny_trainer,
+    trained_tensors,
+)
 
 from lightning_qlora.callbacks import AdapterCheckpoint, RunGuard
 from lightning_qlora.callbacks.run_guard import NonFiniteError
@@ -17,8 +27,13 @@ from lightning_qlora.modules.sft import SFTModule
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("base"))
+def jobs(tmp_path_factory):
+    return make_jobs(tmp_path_factory.mktemp("jobs"))
+
+
+@pytest.fixture(scope="module")
+def base(jobs):
+    return jobs["SFT"].base
 
 
 def checkpoint(root, **kwargs):
@@ -42,17 +57,15 @@ class Tell(L.Callback):
         self.at -= 1
 
 
-def check_preemption(base, tmp_path, calm, hook, at, number=signal.SIGTERM, times=1, **options):
+def check_preemption(job, tmp_path, calm, hook, at, number=signal.SIGTERM, times=1, **options):
     """Interrupt a run, continue it, and compare it with the one that was not interrupted."""
     trainer, record, code = calm
     assert code is None
-    _, first, code = fit_to_exit(
-        base, tmp_path, Tell(hook, at, number, times), RunGuard(), checkpoint(tmp_path), **options
-    )
+    tell = Tell(hook, at, number, times)
+    _, first, code = fit_to_exit(job, tmp_path, tell, RunGuard(), checkpoint(tmp_path), **options)
     assert code == 143
-    resumed, second, code = fit_to_exit(
-        base, tmp_path, RunGuard(), checkpoint(tmp_path), ckpt_path="last", seed=7, **options
-    )
+    options |= {"ckpt_path": "last", "seed": 7}
+    resumed, second, code = fit_to_exit(job, tmp_path, RunGuard(), checkpoint(tmp_path), **options)
     assert code is None
     assert first.rows + second.rows == record.rows  # none lost, none repeated
     assert first.losses + second.losses == record.losses
@@ -63,23 +76,33 @@ OPTIONS = {1: {"val_check_interval": 3}, 4: {"accumulate_grad_batches": 4, "val_
 
 
 @pytest.fixture(scope="module")
-def calm(base, tmp_path_factory):
-    root = tmp_path_factory.mktemp("calm")
-    return {a: fit_to_exit(base, root, checkpoint(root / str(a)), **options) for a, options in OPTIONS.items()}
+def calm(jobs, tmp_path_factory):
+    """Run a job without an interruption, once for all that ask for the same."""
+
+    @functools.cache
+    def run(kind, accumulate):
+        root = tmp_path_factory.mktemp("calm")
+        return fit_to_exit(jobs[kind], root, checkpoint(root), **OPTIONS[accumulate])
+
+    return run
 
 
 @pytest.mark.parametrize(
-    ("accumulate", "hook", "at", "number", "times"),
+    ("kind", "accumulate", "hook", "at", "number", "times"),
     [
-        (1, "on_train_batch_start", 0, signal.SIGTERM, 1),
-        (1, "on_train_batch_end", 2, signal.SIGUSR1, 1),
-        (1, "on_validation_batch_start", 1, signal.SIGTERM, 2),
-        (4, "on_after_backward", 1, signal.SIGTERM, 3),
-        (4, "on_validation_batch_start", 0, signal.SIGUSR1, 1),
+        ("SFT", 1, "on_train_batch_start", 0, signal.SIGTERM, 1),
+        ("SFT", 1, "on_train_batch_end", 2, signal.SIGUSR1, 1),
+        ("SFT", 1, "on_validation_batch_start", 1, signal.SIGTERM, 2),
+        ("SFT", 4, "on_after_backward", 1, signal.SIGTERM, 3),
+        ("SFT", 4, "on_validation_batch_start", 0, signal.SIGUSR1, 1),
+        ("DPO", 1, "on_validation_batch_start", 1, signal.SIGTERM, 2),
+        ("DPO", 4, "on_after_backward", 1, signal.SIGTERM, 3),
+        ("ORPO", 1, "on_train_batch_end", 2, signal.SIGUSR1, 1),
+        ("ORPO", 4, "on_train_batch_start", 2, signal.SIGTERM, 1),
     ],
 )
-def test_a_signal_loses_nothing(base, tmp_path, calm, accumulate, hook, at, number, times):
-    check_preemption(base, tmp_path, calm[accumulate], hook, at, number, times, **OPTIONS[accumulate])
+def test_a_signal_loses_nothing(jobs, tmp_path, calm, kind, accumulate, hook, at, number, times):
+    check_preemption(jobs[kind], tmp_path, calm(kind, accumulate), hook, at, number, times, **OPTIONS[accumulate])
 
 
 HOOKS = {
@@ -94,28 +117,31 @@ HOOKS = {
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    ("kind", "number"),
+    [("SFT", signal.SIGTERM), ("SFT", signal.SIGUSR1), ("DPO", signal.SIGTERM), ("ORPO", signal.SIGUSR1)],
+)
 @pytest.mark.parametrize("accumulate", [1, 4])
 @pytest.mark.parametrize(("hook", "times"), HOOKS.items())
-def test_a_signal_anywhere_loses_nothing(base, tmp_path, accumulate, hook, times, number):
-    options = {**OPTIONS[accumulate], "max_epochs": 2}
-    calm = fit_to_exit(base, tmp_path / "calm", checkpoint(tmp_path / "calm"), **options)
-    for at in range(times):
-        check_preemption(base, tmp_path / str(at), calm, hook, at, number, times=1 + at % 2, **options)
+def test_a_signal_anywhere_loses_nothing(jobs, tmp_path, kind, accumulate, hook, times, number):
+    job, options = jobs[kind], {**OPTIONS[accumulate], "max_epochs": 2}
+    calm = fit_to_exit(job, tmp_path / "calm", checkpoint(tmp_path / "calm"), **options)
+    for at in range(0, times, 1 if kind == "SFT" else 2):
+        check_preemption(job, tmp_path / str(at), calm, hook, at, number, times=1 + at % 2, **options)
 
 
-def test_three_interruptions_in_a_row(base, tmp_path):
+@pytest.mark.parametrize("kind", ["SFT", "DPO"])
+def test_three_interruptions_in_a_row(jobs, tmp_path, kind):
+    job = jobs[kind]
     options = {"max_epochs": 2, "accumulate_grad_batches": 2, "val_check_interval": 3}
-    calm, record, _ = fit_to_exit(base, tmp_path / "calm", checkpoint(tmp_path / "calm"), **options)
+    calm, record, _ = fit_to_exit(job, tmp_path / "calm", checkpoint(tmp_path / "calm"), **options)
     rows = []
     for seed in range(3):
         callbacks = Tell("on_train_batch_start", 1), RunGuard(), checkpoint(tmp_path)
-        _, part, code = fit_to_exit(
-            base, tmp_path, *callbacks, ckpt_path="last" if seed else None, seed=seed, **options
-        )
+        _, part, code = fit_to_exit(job, tmp_path, *callbacks, ckpt_path="last" if seed else None, seed=seed, **options)
         assert code == 143
         rows += part.rows
-    end, part, code = fit_to_exit(base, tmp_path, RunGuard(), checkpoint(tmp_path), ckpt_path="last", seed=9, **options)
+    end, part, code = fit_to_exit(job, tmp_path, RunGuard(), checkpoint(tmp_path), ckpt_path="last", seed=9, **options)
     assert code is None
     assert rows + part.rows == record.rows
     assert_equal(final_state(calm), final_state(end))
@@ -178,8 +204,8 @@ def test_slurm_requeue_happens_at_the_boundary(base, tmp_path, monkeypatch):
 # Non-finite numbers
 
 
-class SpoilLoss(SFTModule):
-    """Returns a loss that is not finite for one batch."""
+class SpoilLoss:
+    """Returns a loss that is not finite for one batch, in front of a module's class."""
 
     spoiled: tuple[int, ...] = (4, 5)
     value = math.nan
@@ -196,16 +222,19 @@ class SpoilLoss(SFTModule):
         return loss + torch.sqrt((weight.view(-1)[:1] * 0.0).abs()).sum()
 
 
-def spoiled_module(base, **attributes):
-    module = tiny_module(base, dropout=0.0)
-    module.__class__ = type("Spoiled", (SpoilLoss,), attributes)
+def spoiled_module(job, **attributes):
+    module = (Job(job) if isinstance(job, str) else job).module(dropout=0.0)
+    module.__class__ = type("Spoiled", (SpoilLoss, type(module)), attributes)
     return module
 
 
-@pytest.mark.parametrize("accumulate", [1, 4])
-@pytest.mark.parametrize("how", ["loss", "gradient"])
-def test_stops_before_the_update(base, tmp_path, accumulate, how):
-    module = spoiled_module(base, how=how, spoiled=(8, 9))  # the last batch of the epoch
+@pytest.mark.parametrize(
+    ("kind", "accumulate", "how"),
+    [("SFT", a, how) for a in (1, 4) for how in ("loss", "gradient")] + [("DPO", 4, "loss"), ("ORPO", 1, "gradient")],
+)
+def test_stops_before_the_update(jobs, tmp_path, kind, accumulate, how):
+    job = jobs[kind]
+    module = spoiled_module(job, how=how, spoiled=(8, 9))  # the last batch of the epoch
     before = {}
 
     class Watch(L.Callback):
@@ -214,7 +243,7 @@ def test_stops_before_the_update(base, tmp_path, accumulate, how):
             before.update(trained_tensors(module))
 
     with pytest.raises(NonFiniteError, match=rf"{how} is NaN or infinite") as raised:
-        fit_to_exit(base, tmp_path, Watch(), RunGuard(), checkpoint(tmp_path, every_n_train_steps=1), module=module,
+        fit_to_exit(job, tmp_path, Watch(), RunGuard(), checkpoint(tmp_path, every_n_train_steps=1), module=module,
             accumulate_grad_batches=accumulate)  # fmt: skip
     assert_equal(before, trained_tensors(module))
     assert "train.jsonl:9, train.jsonl:10" in str(raised.value)
