@@ -26,6 +26,8 @@ from peft.tuners.lora.bnb import Linear4bit
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lightning_qlora.kernels.dequantization import NESTED_BLOCK, constants_of, quant_state
+
 __all__ = ["FusedLinear4bit", "fuse_lora", "fuse_lora_if_equal", "is_fused"]
 
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -33,7 +35,6 @@ _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 _CHECKED_TOKENS = 2048  # above what bitsandbytes multiplies without dequantising
 _TOLERANCE = 2e-2  # bfloat16 keeps 8 bits
-_NESTED_BLOCK = 256  # the only block of second-level constants that bitsandbytes multiplies with
 
 
 def fuse_lora(model: nn.Module) -> int:
@@ -122,7 +123,7 @@ def _are_alike(members: Sequence[Any]) -> bool:
     kinds = set()
     for member in members:
         state = getattr(member.get_base_layer().weight, "quant_state", None)
-        if state is None or (state.nested and state.state2.blocksize != _NESTED_BLOCK):
+        if state is None or (state.nested and state.state2.blocksize != NESTED_BLOCK):
             return False
         kinds.add((state.shape[1], state.blocksize, state.quant_type, state.nested, member.base_layer.bias is None))
     return len(kinds) == 1
@@ -198,7 +199,7 @@ def _products(x: Tensor, members: Sequence[Any]) -> list[Tensor]:
     states = [_state_of(member.base_layer) for member in members]
     x_TD = x.reshape(-1, x.shape[-1])
     weights = [member.base_layer.weight for member in members]
-    constants = [tensor for state in states for tensor in _constants(state)]
+    constants = [tensor for state in states for tensor in constants_of(state)]
     biases = [member.base_layer.bias for member in members if member.base_layer.bias is not None]
     a = [member.lora_A[name].weight for member, name in zip(members, names, strict=True)]
     b = [member.lora_B[name].weight for member, name in zip(members, names, strict=True)]
@@ -213,11 +214,6 @@ def _state_of(base: Any) -> QuantState:
     """Return what dequantises a layer's weight; a weight that was gathered from its shards has lost it."""
     state: QuantState = getattr(base.weight, "quant_state", None) or base.quant_state
     return state
-
-
-def _constants(state: QuantState) -> list[Tensor]:
-    """Return what dequantises a weight: its blocks' constants, and what dequantises these."""
-    return [state.absmax, state.offset, state.state2.absmax, state.state2.code] if state.nested else [state.absmax]
 
 
 @torch.library.custom_op("lightning_qlora::lora_low", mutates_args=())
@@ -236,7 +232,7 @@ def _lora_low(
     Args:
         x: (T, in) of the dtype of the products.
         weights: 4-bit weights of ``W_i``, (out_i, in) when dequantised.
-        constants: Of :func:`_constants`, one weight's after another's.
+        constants: Of :func:`constants_of`, one weight's after another's.
         a: (rank_i, in) each.
         b: (out_i, rank_i) each.
         scales: Factors on the adapters' products.
@@ -291,9 +287,7 @@ def _gradients(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[Any, ...]:
         of_b.append((gradient.t() @ part).mul_(scales[i]).to(b[i].dtype))
         if ctx.needs_input_grad[0]:
             shape = torch.Size((b[i].shape[0], x.shape[1]))
-            state = _quant_state(
-                constants[i * per_weight : (i + 1) * per_weight], shape, blocksize, quant_type, x.dtype
-            )
+            state = quant_state(constants[i * per_weight : (i + 1) * per_weight], shape, blocksize, quant_type, x.dtype)
             weight = bnb.dequantize_4bit(weights[i], state)
             of_x = gradient @ weight if of_x is None else of_x.addmm_(gradient, weight)
     lows_TR = lows[0] if num == 1 else torch.cat(lows, 1)
@@ -385,15 +379,3 @@ def _hand_on(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[Any, ...]:
 
 
 _lora_products.register_autograd(_hand_on, setup_context=_count)
-
-
-def _quant_state(
-    constants: Sequence[Tensor], shape: torch.Size, blocksize: int, quant_type: str, dtype: torch.dtype
-) -> QuantState:
-    absmax, *second = constants
-    nested: dict[str, Any] = {}
-    if second:
-        offset, absmax2, code2 = second
-        nested["offset"] = offset
-        nested["state2"] = QuantState(absmax=absmax2, code=code2, blocksize=_NESTED_BLOCK, dtype=torch.float32)
-    return QuantState(absmax, shape=shape, blocksize=blocksize, quant_type=quant_type, dtype=dtype, **nested)

@@ -12,6 +12,7 @@ from tiny_models import random_batch, save_tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BitsAndBytesConfig
 
+from lightning_qlora.kernels.dequantization import constants_of
 from lightning_qlora.kernels.lora import FusedLinear4bit, fuse_lora, fuse_lora_if_equal, is_fused
 from lightning_qlora.model import attach_adapters, load_base_model, save_adapter, set_activation_checkpointing
 
@@ -334,7 +335,7 @@ def test_the_operator_keeps_torchs_rules(tmp_path):
     state = member.base_layer.weight.quant_state
     a, b = member.lora_A["default"].weight, member.lora_B["default"].weight
     x = torch.randn(5, a.shape[1], requires_grad=True)
-    weights, constants, stored = [member.base_layer.weight.data], lora._constants(state), ([2.0], 64, "nf4")
+    weights, constants, stored = [member.base_layer.weight.data], constants_of(state), ([2.0], 64, "nf4")
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(lora._lora_low, (x, weights, constants, [a], [b], *stored), test_utils=tests)
     low, *shapes = lora._lora_low(x, weights, constants, [a], [b], *stored)
