@@ -1,12 +1,13 @@
 """Speed and memory of fit itself on one GPU, beside a check that it computes what it should.
 
-    python examples/benchmark/bench.py suite                          # everything, one process a measurement
     python examples/benchmark/bench.py run full2k --plan none         # one measurement
+    python examples/benchmark/bench.py run dpo                        # pairs
     python examples/benchmark/bench.py gate full2k --plan selective   # loss and gradients against float32
     python examples/benchmark/bench.py context --cap_gib 24           # the longest document that trains
-    python examples/benchmark/bench.py suite --device cpu --shape tiny --steps 3 --warmup 1
+    python examples/benchmark/bench.py run full2k --device cpu --shape tiny --steps 3 --warmup 1
 
 Every measurement prints one JSON line. README.md beside this file says what the cases are and what the lines hold.
+everything.py runs them all, beside the peers and the floor.
 """
 
 from __future__ import annotations
@@ -16,13 +17,12 @@ import time
 STARTED = time.perf_counter()
 
 import argparse  # noqa: E402
+import copy  # noqa: E402
 import json  # noqa: E402
-import random  # noqa: E402
 import statistics  # noqa: E402
-import subprocess  # noqa: E402
 import sys  # noqa: E402
 from contextlib import nullcontext, redirect_stdout  # noqa: E402
-from typing import Any, NamedTuple  # noqa: E402
+from typing import Any  # noqa: E402
 
 import bitsandbytes  # noqa: E402
 import lightning as L  # noqa: E402
@@ -30,93 +30,73 @@ import numpy as np  # noqa: E402
 import peft  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from bitsandbytes.nn import Linear4bit, Params4bit  # noqa: E402
+from cases import CASES, GIB, SHAPES, SHRUNK, Case, random_pairs, random_rows  # noqa: E402
 from peft import LoraConfig  # noqa: E402
+from random_base import random_base  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel  # noqa: E402
+from transformers import LlamaForCausalLM, PreTrainedModel  # noqa: E402
 from typing_extensions import override  # noqa: E402
 
-from lightning_qlora import PerformanceMonitor, SFTModule  # noqa: E402
-from lightning_qlora.data.collators import Document, PackedCollator  # noqa: E402
+from lightning_qlora import PerformanceMonitor, PreferenceModule, SFTModule  # noqa: E402
+from lightning_qlora.data.collators import AnswerKind, Document, PackedCollator  # noqa: E402
 from lightning_qlora.data.packing import pack_documents  # noqa: E402
+from lightning_qlora.data.preference_batching import PreferenceBatching  # noqa: E402
 from lightning_qlora.kernels.compilation import compile_parts  # noqa: E402
 from lightning_qlora.kernels.lora import is_fused  # noqa: E402
 from lightning_qlora.memory import MemoryModel, build_optimizer, optimizer_memory, skeleton_of  # noqa: E402
-from lightning_qlora.model import attach_adapters, checkpointed_layers, nf4, set_activation_checkpointing  # noqa: E402
+from lightning_qlora.model import attach_adapters, checkpointed_layers, set_activation_checkpointing  # noqa: E402
 
 IMPORTED = time.perf_counter()
-GIB = 2**30
+
+# Data
 
 
-class Case(NamedTuple):
-    """Rows of a batch, their lengths, and whether they are packed to the budget of so many full rows."""
-
-    kind: str
-    max_length: int
-    rows: int
-    packed: bool = False
+def make_case(options: argparse.Namespace) -> Case:
+    """Return the case that the options name, in miniature for a tiny shape."""
+    case = CASES[options.case]
+    shrink = SHRUNK if options.shape == "tiny" else 1
+    return case._replace(max_length=(options.max_length or case.max_length) // shrink, rows=options.rows or case.rows)
 
 
-CASES = {
-    "full2k": Case("full", 2048, 4),
-    "full8k": Case("full", 8192, 1),
-    "chat2k": Case("chat", 2048, 4),
-    "chat2k_16": Case("chat", 2048, 16),
-    "chat2k_pack": Case("chat", 2048, 4, packed=True),
-}
-
-SHAPES: dict[str, dict[str, int]] = {
-    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-           "num_key_value_heads": 8, "vocab_size": 128256},
-    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
-             "num_key_value_heads": 2, "vocab_size": 512},
-}  # fmt: skip
-SHRUNK = 32  # a tiny shape has rows of so many times fewer tokens
-
-SUITE = [
-    "gate full2k --plan none", "gate chat2k_pack --plan selective", "gate full2k --plan offload",
-    "gate full2k --plan full --compile_layers", "run full2k --plan full --compile_layers",
-    "run full2k --plan none --compile_layers", "run chat2k_pack --plan full --compile_layers",
-    "run full2k --plan none", "run full2k --plan none --fused_lora false",
-    "run full2k --plan full", "run full2k --plan full --fused_lora false",
-    "run full2k --plan selective", "run full2k --plan offload", "run full2k --plan auto",
-    "run full8k --plan full", "run chat2k --plan full", "run chat2k_16 --plan auto",
-    "run chat2k_pack --plan full", "run chat2k_pack --plan none",
-    "run full2k --plan auto --cap_gib 24", "run full2k --plan auto --cap_gib 16", "run full2k --plan auto --cap_gib 8",
-    "context --cap_gib 8", "context --cap_gib 24",
-]  # fmt: skip
+def make_documents(case: Case, count: int, vocab: int) -> list[Document]:
+    """Return so many rows as documents."""
+    return [
+        Document(np.array(ids, dtype=np.int32), np.array([[cut, len(ids)]], dtype=np.int32), number)
+        for number, (ids, cut) in enumerate(random_rows(case, count, vocab))
+    ]
 
 
-# Data: random rows of seed 0, in the order they are made
-
-
-def make_rows(case: Case, count: int, vocab: int, shrink: int) -> list[Document]:
-    source, documents = random.Random(0), []
-    longest = case.max_length // shrink
-    low, high = (1000, 49000) if vocab > 49000 else (3, vocab)
-    for number in range(count):
-        length = longest
-        if case.kind == "chat":
-            length = max(32 // shrink + 2, min(longest, int(source.lognormvariate(6.0, 0.8)) // shrink))
-        ids = [source.randrange(low, high) for _ in range(length)]
-        cut = max(1, int(length * source.uniform(0.2, 0.6)))
-        documents.append(Document(np.array(ids, dtype=np.int32), np.array([[cut, length]], dtype=np.int32), number))
+def make_answers(case: Case, count: int, vocab: int) -> list[Document]:
+    """Return the two answers of so many pairs, side by side, each behind its prompt."""
+    documents: list[Document] = []
+    for prompt, *answers in random_pairs(case, count, vocab):
+        for answer, kind in zip(answers, (AnswerKind.CHOSEN, AnswerKind.REJECTED), strict=True):
+            ids = np.array(prompt + answer, dtype=np.int32)
+            spans = np.array([[len(prompt), len(ids)]], dtype=np.int32)
+            documents.append(Document(ids, spans, len(documents), kind))
     return documents
 
 
 class Batches(L.LightningDataModule):
     """The case's batches, each one flat row of isolated documents."""
 
-    def __init__(self, case: Case, steps: int, vocab: int, shrink: int) -> None:
+    def __init__(self, case: Case, steps: int, vocab: int) -> None:
         super().__init__()
-        self.max_length = case.max_length // shrink
-        self.tokens_per_batch = self.max_length * case.rows
-        rows = make_rows(case, steps * case.rows * (8 if case.packed else 1), vocab, shrink)
-        groups: Any = [range(i * case.rows, (i + 1) * case.rows) for i in range(steps)]
+        self.tokens_per_batch = case.max_length * case.rows
+        collate: Any = PackedCollator()
+        if case.kind == "pairs":
+            documents, each = make_answers(case, steps * case.rows, vocab), 2 * case.rows
+            collate = PreferenceBatching(True, self.tokens_per_batch, case.rows, share_prompts=True).collate
+        else:
+            documents, each = make_documents(case, steps * case.rows * (8 if case.packed else 1), vocab), case.rows
+        numbers: Any = [range(i * each, (i + 1) * each) for i in range(steps)]
         if case.packed:
-            groups = list(pack_documents([len(row.input_ids) for row in rows], self.tokens_per_batch))[:steps]
-        self.batches = [PackedCollator()([rows[i] for i in group]) for group in groups]
+            numbers = list(pack_documents([len(row.input_ids) for row in documents], self.tokens_per_batch))[:steps]
+        groups = [[documents[i] for i in group] for group in numbers]
+        self.batches = [collate(group) for group in groups]
+        # A prompt counts with each of its answers, however often it is computed.
+        self.num_tokens = [sum(len(document.input_ids) for document in group) for group in groups]
         assert len(self.batches) == steps
 
     @override
@@ -124,50 +104,32 @@ class Batches(L.LightningDataModule):
         return DataLoader(self.batches, batch_size=None, num_workers=0)  # type: ignore[arg-type]
 
 
-# The model: random weights, made where they are used
+# The model
 
 
-def random_base(shape: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """Return a Llama of a shape with random NF4 weights, as loading one would."""
-    config = LlamaConfig(
-        **SHAPES[shape], max_position_embeddings=131072, rope_theta=500000.0, bos_token_id=1, eos_token_id=2,
-        tie_word_embeddings=False, dtype=dtype,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    with device:
-        model = LlamaForCausalLM._from_config(config, dtype=dtype)
-    for parent in list(model.model.modules()):
-        for name, linear in list(parent.named_children()):
-            if isinstance(linear, nn.Linear):
-                setattr(parent, name, quantised(linear, device, dtype))
-    model.config.quantization_config = nf4(dtype)
-    stateful: Any = model
-    stateful.is_quantized = stateful.is_loaded_in_4bit = True
-    return model.requires_grad_(False)
-
-
-def quantised(linear: nn.Linear, device: torch.device, dtype: torch.dtype) -> Linear4bit:
-    layer = Linear4bit(
-        linear.in_features, linear.out_features, bias=False, compute_dtype=dtype, quant_type="nf4", device="meta"
-    )
-    weight = Params4bit(
-        linear.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4", module=layer
-    )
-    layer.weight = weight.to(device)
-    layer.support_avx512bf16_for_cpu = False
-    return layer
-
-
-class Module(SFTModule):
-    """SFTModule on a random base; its adapters begin where their gradients are all there."""
+class Measured:
+    """A module on a random base, whose memory may be capped once the base is there, before auto looks what is free."""
 
     shape = "8b"
+    cap_gib: float | None = None
 
-    @override
     def load_base(self, device: torch.device | None) -> PreTrainedModel:
+        """Make the base where it trains."""
         device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        return random_base(self.shape, device, dtype)
+        return random_base(self.shape, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+
+    def on_model_built(self) -> None:
+        """Count memory from here on."""
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            if self.cap_gib is not None:
+                total = torch.cuda.get_device_properties(0).total_memory
+                torch.cuda.set_per_process_memory_fraction(self.cap_gib * GIB / total)
+
+
+class Module(Measured, SFTModule):
+    """SFTModule whose adapters begin where their gradients are all there."""
 
     @override
     def on_model_built(self) -> None:
@@ -175,16 +137,22 @@ class Module(SFTModule):
         for name, parameter in self.named_parameters():
             if "lora_B" in name:
                 parameter.data.copy_(0.01 * torch.randn(parameter.shape, generator=generator))
+        super().on_model_built()
 
 
-def make_module(options: argparse.Namespace) -> Module:
+class Preferences(Measured, PreferenceModule):
+    """PreferenceModule, whose reference is the base without adapters."""
+
+
+def make_module(options: argparse.Namespace) -> Module | Preferences:
     lora = LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    fused = {"true": True, "false": False, "auto": "auto"}[options.fused_lora]
-    module = Module(
-        "random", lora=lora, lr=2e-4, lr_scheduler=None, activation_checkpointing=options.plan, fused_lora=fused,
+    kind: Any = Preferences if options.case == "dpo" else Module
+    module: Module | Preferences = kind(
+        "random", lora=lora, lr=2e-4, lr_scheduler=None, activation_checkpointing=options.plan,
+        fused_lora={"true": True, "false": False, "auto": "auto"}[options.fused_lora],
         untrained_tokens="ignore", compile_layers=options.compile_layers,
     )  # fmt: skip
-    module.shape = options.shape
+    module.shape, module.cap_gib = options.shape, options.cap_gib
     return module
 
 
@@ -223,7 +191,8 @@ class Clock(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, index: int
     ) -> None:
-        self.losses.append(outputs["loss"].detach() / batch["targets"].numel())
+        terms = len(batch["chosen"]) if "chosen" in batch else batch["targets"].numel()
+        self.losses.append(outputs["loss"].detach() / terms)
         if index == 0:
             if self.on_gpu:
                 torch.cuda.synchronize()
@@ -249,38 +218,18 @@ class Clock(L.Callback):
         return [one.elapsed_time(two) / 1000 if self.on_gpu else two - one for one, two in pairs]
 
 
-class CappedModule(Module):
-    """Sets the share of the GPU's memory when the base is there, before auto looks at what is free."""
-
-    cap_gib: float | None = None
-
-    @override
-    def on_model_built(self) -> None:
-        super().on_model_built()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            if self.cap_gib is not None:
-                total = torch.cuda.get_device_properties(0).total_memory
-                torch.cuda.set_per_process_memory_fraction(self.cap_gib * GIB / total)
-
-
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Fit a case and return what it took."""
     on_gpu = options.device == "cuda"
-    case, shrink = CASES[options.case], SHRUNK if options.shape == "tiny" else 1
     steps = options.steps + options.warmup
-    data = Batches(case, steps, SHAPES[options.shape]["vocab_size"], shrink)
+    data = Batches(make_case(options), steps, SHAPES[options.shape]["vocab_size"])
     module = make_module(options)
-    module.__class__ = CappedModule
-    module.cap_gib = options.cap_gib
     clock = Clock(on_gpu)
     begun = time.perf_counter()
     make_trainer(options, steps, [clock, PerformanceMonitor()]).fit(module, data)
     seconds = clock.seconds()[options.warmup :]
-    counted = data.batches[options.warmup :]
-    tokens = sum(sum(batch["document_lengths"]) for batch in counted)
-    supervised = sum(batch["targets"].numel() for batch in counted)
+    tokens = sum(data.num_tokens[options.warmup :])
+    supervised = sum(batch["targets"].numel() for batch in data.batches[options.warmup :])
     ordered = sorted(seconds)
     memory = {}
     if on_gpu:
@@ -293,7 +242,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "fused": clock.fused,
         "tok_s": round(tokens / sum(seconds)),
         "sup_tok_s": round(supervised / sum(seconds)),
-        "tokens_per_step": round(tokens / len(counted)),
+        "tokens_per_step": round(tokens / len(seconds)),
         "step_ms": {f"p{p}": round(1000 * ordered[round(p / 100 * (len(ordered) - 1))], 2) for p in (5, 50, 95)},
         "mean_step_ms": round(1000 * statistics.mean(seconds), 2),
         **memory,
@@ -310,11 +259,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def gate(options: argparse.Namespace) -> dict[str, Any]:
     """Compare step 1 with float32 on the dequantised weights, each document by itself, with PEFT's own code."""
-    shrink = SHRUNK if options.shape == "tiny" else 1
     device = torch.device(options.device)
-    batch: Any = Batches(CASES[options.case], 1, SHAPES[options.shape]["vocab_size"], shrink).batches[0]
+    batch: Any = Batches(make_case(options), 1, SHAPES[options.shape]["vocab_size"]).batches[0]
     batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-    module = make_module(options)
+    module: Any = make_module(options)
     module.configure_model()
     if options.compile_layers:  # fit does so once it has chosen a plan
         compile_parts(checkpointed_layers(module.model.get_base_model()), module.layer_plan or "full")
@@ -340,14 +288,13 @@ def gate(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def reference(module: Module, batch: Any) -> tuple[float, dict[str, Tensor]]:
+def reference(module: Any, batch: Any) -> tuple[float, dict[str, Tensor]]:
     """Return the mean loss and the adapters' gradients of plain transformers and PEFT in float32."""
-    adapted: Any = module.model
+    adapted = module.model
     live = adapted.get_base_model()
     device = next(live.parameters()).device
-    config = LlamaConfig(**{**live.config.to_dict(), "quantization_config": None})
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    config = copy.deepcopy(live.config)
+    del config.quantization_config
     config._attn_implementation = "sdpa"
     with device:
         plain = LlamaForCausalLM._from_config(config, dtype=torch.float32)
@@ -383,11 +330,8 @@ def reference(module: Module, batch: Any) -> tuple[float, dict[str, Tensor]]:
 def longest_context(options: argparse.Namespace) -> dict[str, Any]:
     """Estimate the longest document that fits, train on it, and shorten it by 3 % until it does."""
     on_gpu = options.device == "cuda"
-    module = make_module(argparse.Namespace(**{**vars(options), "plan": "offload"}))
-    module.__class__ = CappedModule
-    module.cap_gib = options.cap_gib
+    module: Any = make_module(argparse.Namespace(**{**vars(options), "plan": "offload"}))
     module.configure_model()
-    assert module.model is not None
     memory = MemoryModel(
         skeleton_of(module.model),
         optimizer_memory(build_optimizer(module.optimizer, module.model), on_gpu=on_gpu),
@@ -401,8 +345,7 @@ def longest_context(options: argparse.Namespace) -> dict[str, Any]:
         low, high = (middle, high) if memory.estimate(middle, plan="offload").peak <= budget else (low, middle)
     estimated = length = low // 64 * 64
     while True:
-        case = Case("full", length, 1)
-        data = Batches(case, 2, SHAPES[options.shape]["vocab_size"], 1)
+        data = Batches(Case("full", length, 1), 2, SHAPES[options.shape]["vocab_size"])
         try:
             make_trainer(options, 2, []).fit(module, data)
             break
@@ -413,21 +356,6 @@ def longest_context(options: argparse.Namespace) -> dict[str, Any]:
     return {"estimated": estimated, "context": length, "peak_gib": peak and round(peak, 2), "plan_used": "offload"}
 
 
-def suite(arguments: list[str]) -> int:
-    """Run each measurement in a process of its own, and go on where one fails."""
-    failed = 0
-    for line in SUITE:
-        command = [sys.executable, __file__, *line.split(), *arguments]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        if result.returncode:
-            failed += 1
-            tail = result.stderr.strip().splitlines()[-6:]
-            print(json.dumps({"command": line, "failed": result.returncode, "stderr": tail}), flush=True)
-        else:
-            print(result.stdout.strip(), flush=True)
-    return failed
-
-
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["run", "gate", "context"])
@@ -436,6 +364,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--fused_lora", default="auto", choices=["auto", "true", "false"])
     parser.add_argument("--compile_layers", action="store_true")
     parser.add_argument("--cap_gib", type=float, help="share of the GPU's memory that the process may take")
+    parser.add_argument("--max_length", type=int, help="of a row, instead of the case's")
+    parser.add_argument("--rows", type=int, help="in a batch, instead of the case's")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=14)
     parser.add_argument("--warmup", type=int, default=4)
@@ -445,8 +375,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["suite"]:
-        sys.exit(suite(sys.argv[2:]))
     options = parse(sys.argv[1:])
     with redirect_stdout(sys.stderr):
         result = {"run": measure, "gate": gate, "context": longest_context}[options.what](options)

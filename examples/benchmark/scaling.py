@@ -30,29 +30,18 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from bitsandbytes.nn import Linear4bit, Params4bit
-from torch import nn
+from cases import SHAPES
+from random_base import random_base
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from typing_extensions import override
 
 from lightning_qlora import AdapterCheckpoint, PerformanceMonitor, SFTModule
 from lightning_qlora.data.batching import Batching
 from lightning_qlora.data.collators import Document
-from lightning_qlora.memory.skeleton import build_base_skeleton
 from lightning_qlora.model import compute_dtype
 from lightning_qlora.ranks import gather_objects
 
-_LLAMA: dict[str, Any] = {"model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8, "pad_token_id": None}
-SHAPES: dict[str, dict[str, Any]] = {
-    "8b": _LLAMA
-    | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
-    "70b": _LLAMA
-    | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
-    "tiny": _LLAMA
-    | {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    | {"num_key_value_heads": 2, "vocab_size": 512},
-}
 ROW = 2048
 WARMUP = 10
 
@@ -63,7 +52,7 @@ class Case:
 
     Attributes:
         strategy: ``ddp`` or ``fsdp``.
-        shape: A name of :data:`SHAPES`.
+        shape: A name of ``cases.SHAPES``.
         rows: ``chat`` or ``full``.
         devices: Processes, one for each device.
         accelerator: ``gpu`` or ``cpu``.
@@ -93,31 +82,7 @@ class RandomBase(SFTModule):
     @override
     def load_base(self, device: torch.device | None) -> PreTrainedModel:
         assert device is not None
-        config: PretrainedConfig = AutoConfig.for_model(**SHAPES[self.model_name])
-        base = build_base_skeleton(config, dtype=compute_dtype(device))
-        generator = torch.Generator(device).manual_seed(0)
-        for module in list(base.modules()):
-            _fill(module, device, generator)
-        return base
-
-
-def _fill(module: nn.Module, device: torch.device, generator: torch.Generator) -> None:
-    """Give one module of a skeleton its own weights."""
-    if isinstance(module, Linear4bit):
-        shape, dtype = (module.out_features, module.in_features), compute_dtype(device)
-        weight = torch.empty(shape, dtype=dtype, device=device).normal_(0, 0.02, generator=generator)
-        module.weight = Params4bit(weight, requires_grad=False, quant_type="nf4", module=module).to(device)
-        module.quant_state = module.weight.quant_state
-        return
-    for name, parameter in module.named_parameters(recurse=False):
-        value = torch.ones(parameter.shape, dtype=parameter.dtype, device=device)
-        if value.dim() > 1:
-            value.normal_(0, 0.02, generator=generator)
-        setattr(module, name, nn.Parameter(value, requires_grad=False))
-    if any(True for _ in module.buffers(recurse=False)):  # rotary frequencies, computed from the configuration
-        fresh = type(module)(module.config)
-        for name, buffer in fresh.named_buffers(recurse=False):
-            setattr(module, name, buffer.to(device))
+        return random_base(self.model_name, device, compute_dtype(device))
 
 
 class RandomRows(L.LightningDataModule):

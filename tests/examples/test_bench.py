@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
+import math
 import sys
-from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "examples/benchmark/bench.py"
 TINY = ["--device", "cpu", "--shape", "tiny", "--steps", "2", "--warmup", "1"]
 
 
 @pytest.fixture(scope="module")
-def bench():
-    spec = importlib.util.spec_from_file_location("bench", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["bench"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["bench"]
+def bench(benchmark_scripts):
+    return importlib.import_module("bench")
 
 
 def run(bench, capsys, monkeypatch, *arguments):
@@ -68,19 +62,16 @@ def test_the_longest_context(bench, capsys, monkeypatch):
     assert 1500 < found["context"] == found["estimated"] <= 2048
 
 
-def test_the_suite_names_what_there_is_and_goes_on_after_a_failure(bench, capsys, monkeypatch):
-    for line in bench.SUITE:
-        bench.parse(line.split())
-    monkeypatch.setattr(bench, "SUITE", ["run nothing", "gate full2k --plan none"])
-    assert bench.suite(TINY) == 1
-    first, second = map(json.loads, capsys.readouterr().out.splitlines())
-    assert first["failed"] == 2
-    assert second["passed"]
+def test_pairs(bench, capsys, monkeypatch):
+    code, found = run(bench, capsys, monkeypatch, "run", "dpo", "--plan", "offload")
+    assert code == 0
+    assert found["losses"][0] == pytest.approx(math.log(2), abs=1e-4)
+    assert found["tok_s"] > found["sup_tok_s"] > 0
 
 
 def test_rows_are_the_same_each_time_and_of_chat_length(bench):
     case = bench.CASES["chat2k"]
-    one, two = (bench.make_rows(case, 50, 128256, 1) for _ in range(2))
+    one, two = (bench.make_documents(case, 50, 128256) for _ in range(2))
     lengths = [len(row.input_ids) for row in one]
     assert all((a.input_ids == b.input_ids).all() for a, b in zip(one, two, strict=True))
     assert 32 <= min(lengths) < 300

@@ -1,22 +1,14 @@
-import importlib.util
+import importlib
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-PATH = Path(__file__).parents[2] / "examples" / "benchmark" / "scaling.py"
-
 
 @pytest.fixture(scope="module")
-def scaling():
-    spec = importlib.util.spec_from_file_location("scaling", PATH)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclass looks itself up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+def scaling(benchmark_scripts):
+    return importlib.import_module("scaling")
 
 
 def test_cases_for_eight_gpus(scaling):
@@ -41,10 +33,19 @@ def test_efficiency_is_against_the_fewest_devices(scaling):
 
 
 @pytest.mark.slow
-def test_two_processes_on_a_cpu(tmp_path):
+def test_two_processes_on_a_cpu(benchmark_scripts, tmp_path):
     out = tmp_path / "scaling.jsonl"
     options = ["--shape", "tiny", "--accelerator", "cpu", "--steps", "3", "--tokens_per_batch", "256", "--only", "fsdp"]
-    command = [sys.executable, str(PATH), *options, "--devices", "1", "2", "--out", str(out)]
+    command = [
+        sys.executable,
+        str(benchmark_scripts / "scaling.py"),
+        *options,
+        "--devices",
+        "1",
+        "2",
+        "--out",
+        str(out),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     measured, saved, resumed = [json.loads(line) for line in out.read_text().splitlines()]

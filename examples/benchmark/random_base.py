@@ -1,0 +1,47 @@
+"""Bases with random NF4 weights, made layer by layer on the device that trains them; nothing is downloaded.
+
+Speed and memory do not depend on the weights' values.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Linear4bit, Params4bit
+from cases import SHAPES
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+
+from lightning_qlora.memory import build_base_skeleton
+from lightning_qlora.model import nf4
+
+
+def random_base(shape: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """Return a frozen model of a shape with random 4-bit weights, as loading one would."""
+    base: Any = build_base_skeleton(AutoConfig.for_model(**SHAPES[shape]), dtype=dtype)
+    generator = torch.Generator(device).manual_seed(0)
+    for module in list(base.modules()):
+        _fill(module, device, dtype, generator)
+    base.config.quantization_config = nf4(dtype)
+    base.is_quantized = base.is_loaded_in_4bit = True
+    return base  # type: ignore[no-any-return]
+
+
+def _fill(module: nn.Module, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> None:
+    """Give one module of a skeleton its own weights."""
+    if isinstance(module, Linear4bit):
+        shape = (module.out_features, module.in_features)
+        weight = torch.empty(shape, dtype=dtype, device=device).normal_(0, 0.02, generator=generator)
+        module.weight = Params4bit(weight, requires_grad=False, quant_type="nf4", module=module).to(device)
+        module.quant_state = module.weight.quant_state
+        return
+    for name, parameter in module.named_parameters(recurse=False):
+        value = torch.ones(parameter.shape, dtype=parameter.dtype, device=device)
+        if value.dim() > 1:
+            value.normal_(0, 0.02, generator=generator)
+        setattr(module, name, nn.Parameter(value, requires_grad=False))
+    if any(True for _ in module.buffers(recurse=False)):  # rotary frequencies, computed from the configuration
+        fresh: Any = type(module)
+        for name, buffer in fresh(module.config).named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))

@@ -1,0 +1,214 @@
+"""The page of results: tables and plots of what everything.py measured.
+
+    pip install matplotlib
+    python examples/benchmark/report.py results.jsonl --output examples/benchmark/RESULTS.md
+
+A figure is the median of its rounds. Nothing is shown whose measurement failed, except that it failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+CASE_TITLES = {
+    "full2k": "4 x 2,048 tokens", "full8k": "1 x 8,192 tokens", "chat2k_pack": "chat rows, packed to 8,192 tokens",
+    "chat2k_16": "16 chat rows", "chat2k": "4 chat rows", "dpo": "DPO, 8 pairs",
+}  # fmt: skip
+
+
+def read(path: Path) -> list[Record]:
+    """Return one record for each command: the last of a round, the median over rounds."""
+    by_round: dict[tuple[str, int], Record] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        by_round[record["command"], record["round"]] = record
+    grouped: dict[str, list[Record]] = defaultdict(list)
+    for (command, _), record in by_round.items():
+        grouped[command].append(record)
+    return [_median(records) for records in grouped.values()]
+
+
+def _median(records: list[Record]) -> Record:
+    whole = [record for record in records if "failed" not in record] or records
+    merged = dict(whole[0], rounds=len(whole))
+    for name in ("tok_s", "sup_tok_s", "peak_gib", "mean_step_ms", "build_s", "first_step_s"):
+        if name in merged:
+            merged[name] = statistics.median(record[name] for record in whole)
+    return merged
+
+
+def _is_own(record: Record) -> bool:
+    return str(record["command"]).startswith("bench.py")
+
+
+def _cells(*cells: object) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _table(head: list[str], rows: list[list[object]]) -> list[str]:
+    return [_cells(*head), _cells(*("---" for _ in head)), *(_cells(*row) for row in rows), ""]
+
+
+def _figure(value: float | None, digits: int = 0) -> str:
+    return "" if value is None else f"{value:,.{digits}f}"
+
+
+def _name(record: Record) -> str:
+    return "lightning_qlora" if _is_own(record) else str(record["peer"])
+
+
+def speed(records: list[Record], floor: Record | None) -> list[str]:
+    """Draw own runs beside the peers' on the same rows and plan."""
+    chosen = [each for each in records if each["group"] == "speed" and "tok_s" in each]
+    if not chosen:
+        return []
+    rows: list[list[object]] = []
+    for case in CASE_TITLES:
+        for plan in ("full", "none", "auto"):
+            mine = [r for r in chosen if r["case"] == case and r["plan"] == plan and _is_own(r)]
+            peers = [r for r in chosen if r["case"] == case and r["plan"] in (plan, "full" if plan == "auto" else plan)
+                     and not _is_own(r)]  # fmt: skip
+            best = max((r["tok_s"] for r in peers), default=None)
+            for record in [*mine, *sorted(peers, key=lambda r: -r["tok_s"])]:
+                ratio = record["tok_s"] / best if best and _is_own(record) else None
+                limit = (floor or {}).get(f"tok_s_{plan}") if case == "full2k" else None
+                shown = [_figure(record["tok_s"]), _figure(record["sup_tok_s"]), _figure(record.get("peak_gib"), 2)]
+                of_floor = f"{record['tok_s'] / limit:.0%}" if limit else ""
+                rows.append([CASE_TITLES[case], record.get("plan_used", plan), _name(record), *shown,
+                             f"{ratio:.2f} x" if ratio else "", of_floor])  # fmt: skip
+    head = ["rows", "recomputed", "trainer", "tokens/s", "supervised/s", "peak GiB", "to the best peer", "of the floor"]
+    return ["## Speed and memory beside the peers", "", *_table(head, rows)]
+
+
+def gates(records: list[Record]) -> list[str]:
+    """Draw how far each path is from float32."""
+    rows = [[f"`{r['command'].removeprefix('bench.py gate ')}`", f"{r['loss_difference']:.1e}",
+             f"{r['gradient_cosine']:.6f}", "yes" if r["passed"] else "**no**"]
+            for r in records if r["group"] == "gates" and "passed" in r]  # fmt: skip
+    head = ["path", "loss differs by", "cosine of the gradients", "passed"]
+    return ["## The first step against float32, unpacked", "", *_table(head, rows)] if rows else []
+
+
+def variants(records: list[Record]) -> list[str]:
+    """Draw everything else that trains, by its command."""
+    rows = [[f"`{r['command'].removeprefix('bench.py run ')}`", r["plan_used"], _figure(r["tok_s"]),
+             _figure(r.get("peak_gib"), 2), _figure(r["build_s"] + r["import_s"] + r["first_step_s"], 1)]
+            for r in records if r["group"] in ("variants", "growth") and "tok_s" in r]  # fmt: skip
+    head = ["run", "plan", "tokens/s", "peak GiB", "seconds to the first step"]
+    return ["## Variants and growth", "", *_table(head, rows)] if rows else []
+
+
+def contexts(records: list[Record]) -> list[str]:
+    """Draw the longest documents under a cap of memory."""
+    rows = [[f"{r['cap_gib']:g}", _figure(r["context"]), _figure(r["estimated"]), _figure(r.get("peak_gib"), 2)]
+            for r in records if r["group"] == "context" and "context" in r]  # fmt: skip
+    head = ["GiB allowed", "tokens that trained", "tokens estimated beforehand", "peak GiB"]
+    return ["## The longest document, alone in its batch", "", *_table(head, rows)] if rows else []
+
+
+def failures(records: list[Record]) -> list[str]:
+    """List what did not run."""
+    rows = [[f"`{r['command']}`", str(r.get("stderr", r["failed"]))[-160:].replace("|", "/")]
+            for r in records if "failed" in r and "passed" not in r]  # fmt: skip
+    return ["## Failed", "", *_table(["command", "what it said"], rows)] if rows else []
+
+
+# Plots
+
+
+def draw(records: list[Record], floor: Record | None, folder: Path) -> list[str]:
+    """Write the plots beside the page, and return the Markdown that shows them."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "lightning_qlora"  # the same figures make the same file
+    from matplotlib import pyplot
+
+    shown = []
+    plain = [r for r in records if r.get("case") == "full2k" and r.get("what") == "run" and "tok_s" in r and _is_own(r)
+             and (r["shape"], r["rank"], r["fused_lora"], r["compile_layers"]) == ("8b", 16, "auto", False)
+             and r["cap_gib"] is None]  # fmt: skip
+    by_tokens = [r for r in plain if r["plan"] == "full"]
+    by_context = [r for r in plain if r["plan"] == "offload" and r["rows"] == 1]
+    for name, title, points, x, y in (
+        ("tokens", "Tokens/s by tokens of a batch (8B, recomputed)", by_tokens, "tokens a batch", "tok_s"),
+        ("context", "Memory by context (8B, inputs on the host)", by_context, "tokens of the document", "peak_gib"),
+    ):
+        points = sorted((r["tokens_per_step"], r[y]) for r in points if r.get(y) is not None)
+        if len(points) > 1:
+            figure, axes = pyplot.subplots(figsize=(6, 3.4), layout="constrained")
+            axes.plot(*zip(*points, strict=True), marker="o")
+            axes.set(xscale="log", title=title, xlabel=x, ylabel={"tok_s": "tokens/s", "peak_gib": "GiB"}[y])
+            axes.set_ylim(bottom=0)
+            axes.grid(alpha=0.3)
+            shown.append(_save(figure, folder, name, title))
+    own = next((r for r in records if r["command"] == "bench.py run full2k --plan none" and "mean_step_ms" in r), None)
+    if floor is not None and own is not None and floor["shape"] == own["shape"]:
+        shown.append(_draw_breakdown(pyplot, floor, own, folder))
+    return [*shown, ""] if shown else []
+
+
+def _draw_breakdown(pyplot: Any, floor: Record, own: Record, folder: Path) -> str:
+    from cases import SHAPES
+
+    layers = SHAPES[floor["shape"]]["num_hidden_layers"]
+    parts = {
+        "products": layers * (floor["products_forward_ms"] + floor["products_backward_ms"]),
+        "dequantisation": 2 * layers * floor["dequantisation_ms"],
+        "attention": layers * (floor["attention_forward_ms"] + floor["attention_backward_ms"]),
+        "head": floor["head_ms"],
+    }
+    parts["everything else"] = max(0.0, own["mean_step_ms"] - sum(parts.values()))
+    figure, axes = pyplot.subplots(figsize=(6, 1.8), layout="constrained")
+    left = 0.0
+    for name, value in parts.items():
+        axes.barh([""], [value], left=left, label=f"{name}, {value:.0f} ms")
+        left += value
+    title = "A step without recomputation: the floor's parts, and the rest"
+    axes.set(title=title, xlabel="ms")
+    axes.legend(fontsize="x-small", ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.35))
+    return _save(figure, folder, "breakdown", title)
+
+
+def _save(figure: Any, folder: Path, name: str, title: str) -> str:
+    figure.savefig(folder / f"results_{name}.svg", metadata={"Date": None})
+    return f"![{title}](results_{name}.svg)\n"
+
+
+def render(records: list[Record], folder: Path) -> str:
+    """Return the page."""
+    floor = next((r for r in records if r["command"] == "floor.py" and "failed" not in r), None)
+    measured = [r for r in records if "device_name" in r]
+    lines = ["# Results", ""]
+    if measured:
+        first = measured[0]
+        names = ("torch", "transformers", "peft", "bitsandbytes", "trl", "unsloth")
+        versions = {name: r[name] for r in measured for name in names if name in r}
+        lines += [f"On one {first['device_name']}: " + ", ".join(f"{n} {v}" for n, v in versions.items()) + ".", ""]
+    lines += ["Measured by `examples/benchmark/everything.py`, drawn by `report.py`; README.md beside this page says "
+              "what the cases are. A figure is the median of its rounds.", ""]  # fmt: skip
+    if floor is not None:
+        lines += [f"The floor (products, dequantisation and attention alone): {floor['tok_s_full']:,} tokens/s with "
+                  f"recomputation, {floor['tok_s_none']:,} without.", ""]  # fmt: skip
+    for part in (speed(records, floor), gates(records), contexts(records), variants(records)):
+        lines += part
+    return "\n".join([*lines, *draw(records, floor, folder), *failures(records)]).rstrip() + "\n"
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, help="file of JSON lines")
+    parser.add_argument("--output", type=Path, default=Path("RESULTS.md"))
+    options = parser.parse_args(arguments)
+    options.output.write_text(render(read(options.results), options.output.parent), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

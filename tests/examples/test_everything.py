@@ -1,0 +1,125 @@
+"""All measurements in miniature, and the page that shows them."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import shlex
+import sys
+
+import pytest
+
+pytest.importorskip("trl")
+EXTRA = ["--device", "cpu", "--shape", "tiny"]
+
+
+@pytest.fixture(scope="module")
+def everything(benchmark_scripts):
+    return importlib.import_module("everything")
+
+
+@pytest.fixture(scope="module")
+def report(benchmark_scripts):
+    return importlib.import_module("report")
+
+
+def test_every_command_is_one_that_its_script_takes(everything):
+    for each in everything.MEASUREMENTS:
+        script, *words = shlex.split(each.command)
+        if script != "kernels.py":
+            importlib.import_module(script.removesuffix(".py")).parse([*words, *EXTRA])
+    commands = [each.command for each in everything.MEASUREMENTS]
+    assert len(commands) == len(set(commands))
+    assert commands.index("peers.py make CHECKPOINT") < min(i for i, c in enumerate(commands) if "peers.py run" in c)
+
+
+def test_rounds_repeat_own_and_peers_in_turn(everything):
+    planned = everything.plan(["floor", "speed"], 2)
+    again = [each.command for number, each in planned if number == 1]
+    assert again[:2] == ["bench.py run full2k --plan full", "peers.py run unsloth full2k CHECKPOINT"]
+    assert not {"floor.py", "peers.py make CHECKPOINT"} & set(again)
+
+
+def test_a_run_goes_on_where_it_stopped_and_after_a_failure(everything, monkeypatch, tmp_path, capsys):
+    asked = []
+
+    def measure(command, options):
+        asked.append(command)
+        return {"failed": 1} if "none" in command and len(asked) < 4 else {"tok_s": 1}
+
+    monkeypatch.setattr(everything, "measure", measure)
+    arguments = ["--out", str(tmp_path / "r.jsonl"), "--groups", "gates"]
+    assert everything.run(everything.parse([*arguments, "--budget_s", "-1"])) == 0
+    assert asked == []
+    assert everything.run(everything.parse(arguments)) == 2 - asked[:3].count("bench.py gate full2k --plan offload")
+    failed = [r["command"] for r in map(json.loads, (tmp_path / "r.jsonl").read_text().splitlines()) if "failed" in r]
+    asked.clear()
+    asked += ["", "", ""]
+    assert everything.run(everything.parse(arguments)) == 0
+    assert asked[3:] == failed != []
+
+
+@pytest.mark.filterwarnings("ignore")  # the peer's own
+@pytest.mark.parametrize("case", ["full2k", "dpo"])
+def test_a_peer_on_the_same_rows(everything, benchmark_scripts, case, tmp_path, monkeypatch, capsys):
+    peers, bench = importlib.import_module("peers"), importlib.import_module("bench")
+    records = []
+    for script, *words in (
+        (peers, "make", str(tmp_path / "base")),
+        (peers, "run", "trl", case, str(tmp_path / "base"), "--steps", "2", "--warmup", "1"),
+        (bench, "run", case, "--steps", "2", "--warmup", "1"),
+    ):
+        monkeypatch.setattr(sys, "argv", [script.__name__, *words, *EXTRA])
+        with contextlib.suppress(SystemExit):
+            script.main()
+        records.append(json.loads(capsys.readouterr().out))
+    _, peer, own = records
+    assert peer["trainable"] == own["trainable"]
+    assert abs(peer["tokens_per_step"] - own["tokens_per_step"]) <= 1
+    assert peer["tok_s"] > peer["sup_tok_s"] > 0
+    share = own["sup_tok_s"] / own["tok_s"]
+    assert peer["sup_tok_s"] / peer["tok_s"] == pytest.approx(share, rel=0.02)  # the same tokens are supervised
+
+
+def test_the_floor_is_the_sum_of_its_parts(benchmark_scripts, monkeypatch, capsys):
+    floor = importlib.import_module("floor")
+    monkeypatch.setattr(sys, "argv", ["floor.py", *EXTRA, "--tokens", "64", "--max_length", "32", "--repeats", "1"])
+    floor.main()
+    found = json.loads(capsys.readouterr().out)
+    forward = found["products_forward_ms"] + found["dequantisation_ms"] + found["attention_forward_ms"]
+    assert found["step_full_ms"] - found["step_none_ms"] == pytest.approx(4 * forward, abs=0.2)
+    assert found["tok_s_none"] > found["tok_s_full"] > 0
+
+
+def test_the_page_shows_medians_ratios_and_failures(report, tmp_path):
+    own = {"what": "run", "case": "full2k", "plan": "none", "plan_used": "none", "sup_tok_s": 5, "peak_gib": 30.0,
+           "mean_step_ms": 500.0, "build_s": 1, "import_s": 1, "first_step_s": 1, "shape": "8b", "rank": 16,
+           "fused_lora": "auto", "compile_layers": False, "cap_gib": None, "rows": None, "max_length": None,
+           "tokens_per_step": 8192, "device_name": "a GPU", "torch": "2.11", "group": "speed"}  # fmt: skip
+    peer = {"what": "run", "peer": "unsloth", "case": "full2k", "plan": "none", "sup_tok_s": 4, "peak_gib": 35.0,
+            "group": "speed", "round": 0, "command": "peers.py run unsloth full2k --plan none CHECKPOINT"}  # fmt: skip
+    parts = {f"{name}_ms": 1.0 for name in ("products_forward", "products_backward", "dequantisation",
+                                            "attention_forward", "attention_backward", "head")}  # fmt: skip
+    floor = {"command": "floor.py", "group": "floor", "round": 0, "shape": "8b", "tok_s_full": 100, "tok_s_none": 200}
+    command = "bench.py run full2k --plan none"
+    records = [
+        *({**own, "command": command, "round": n, "tok_s": s} for n, s in enumerate((150, 190, 100))),
+        {**own, "command": "bench.py run full2k --plan full --rows 1", "plan": "full", "round": 0, "tok_s": 90,
+         "tokens_per_step": 2048, "group": "growth"},
+        {**own, "command": "bench.py run full2k --plan full --rows 8", "plan": "full", "round": 0, "tok_s": 95,
+         "tokens_per_step": 16384, "group": "growth"},
+        {**peer, "tok_s": 100},
+        {**floor, **parts},
+        {"command": "bench.py gate full2k --plan offload", "group": "gates", "round": 0, "failed": 1, "stderr": ["no"]},
+    ]  # fmt: skip
+    results = tmp_path / "results.jsonl"
+    results.write_text("".join(json.dumps(record) + "\n" for record in records))
+    report.main([str(results), "--output", str(tmp_path / "RESULTS.md")])
+    page = (tmp_path / "RESULTS.md").read_text()
+    assert "| 4 x 2,048 tokens | none | lightning_qlora | 150 | 5 | 30.00 | 1.50 x | 75% |" in page
+    assert "| 4 x 2,048 tokens | none | unsloth | 100 | 4 | 35.00 |  | 50% |" in page
+    assert "| `bench.py gate full2k --plan offload` | ['no'] |" in page
+    for plot in ("tokens", "breakdown"):
+        assert f"(results_{plot}.svg)" in page
+        assert "<svg" in (tmp_path / f"results_{plot}.svg").read_text()
