@@ -35,15 +35,18 @@ def names(root):
 
 
 class SlowStore(LocalStore):
-    """Takes its time to publish, or fails at it, and notes when."""
+    """Takes its time to publish, or fails at it, sends this process a signal meanwhile, and notes when."""
 
-    def __init__(self, root, seconds=0.3, fails_at=None):
+    def __init__(self, root, seconds=0.3, fails_at=None, sends=None):
         super().__init__(root)
-        self.seconds, self.fails_at, self.threads = seconds, fails_at, []
+        self.seconds, self.fails_at, self.sends, self.threads = seconds, fails_at, sends, []
 
     def commit(self, staging, name, metadata, required=()):
         self.threads.append(threading.current_thread().name)
-        time.sleep(self.seconds)
+        time.sleep(self.seconds / 2)
+        if self.sends is not None:
+            os.kill(os.getpid(), self.sends)
+        time.sleep(self.seconds / 2)
         if metadata["step"] == self.fails_at:
             raise OSError(28, "No space left on device")
         return super().commit(staging, name, metadata, required)
@@ -123,6 +126,26 @@ def test_an_exception_waits_for_what_is_being_published(base, tmp_path, fails, c
     assert ("epoch=0-step=4/trainer.ckpt was not published: [Errno 28]" in caplog.text) == fails
 
 
+class Sleep(L.Callback):
+    """Makes a step last until the thread is done, unless something interrupts it."""
+
+    def on_after_backward(self, trainer, *args):
+        if trainer.global_step == 4:
+            time.sleep(2.0)
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["published", "fails"])
+@pytest.mark.parametrize("step", [4, 6], ids=["while training", "while the end waits"])
+def test_an_interrupt_waits_for_what_is_being_published(base, tmp_path, step, fails, caplog):
+    store = SlowStore(tmp_path / "c", seconds=1.0, fails_at=step if fails else None, sends=signal.SIGINT)
+    with pytest.raises(SystemExit) as exit_:
+        fit(base, tmp_path, UsesStore(store, every_n_train_steps=step), Sleep())
+    assert exit_.value.code == 1
+    assert names(tmp_path / "c") == ([] if fails else [f"epoch=0-step={step}"])
+    assert not [p for p in (tmp_path / "c").iterdir() if p.name.startswith(".")]
+    assert (f"epoch=0-step={step}/trainer.ckpt was not published: [Errno 28]" in caplog.text) == fails
+
+
 def test_a_preempted_run_exits_only_when_it_is_published(base, tmp_path):
     class Tell(L.Callback):
         def on_train_batch_start(self, trainer, *args):
@@ -134,6 +157,33 @@ def test_a_preempted_run_exits_only_when_it_is_published(base, tmp_path):
         fit(base, tmp_path, UsesStore(store, every_n_train_steps=100), RunGuard(), Tell())
     assert exit_.value.code == 143
     assert names(tmp_path / "c") == ["epoch=0-step=4"]
+
+
+def test_signals_while_a_checkpoint_is_published_do_not_disturb_it(base, tmp_path):
+    """One while that of step 4 is published and training goes on, another while that of the last step is."""
+    store = SlowStore(tmp_path / "c", seconds=0.5, sends=signal.SIGTERM)
+    with pytest.raises(SystemExit) as exit_:
+        fit(base, tmp_path, UsesStore(store, every_n_train_steps=4), RunGuard(), Sleep())
+    assert exit_.value.code == 143
+    assert names(tmp_path / "c") == ["epoch=0-step=4", "epoch=0-step=5"]
+    assert len(store.threads) == 2
+    verify(tmp_path / "c/epoch=0-step=5")
+
+
+@pytest.mark.parametrize("fails_at", [2, 4])
+def test_a_preempted_run_that_cannot_be_published_fails(base, tmp_path, fails_at):
+    """Neither with the last checkpoint under way when the signal comes, nor with the one that is made for it."""
+
+    class Tell(L.Callback):
+        def on_train_batch_start(self, trainer, *args):
+            if trainer.global_step == fails_at - (fails_at == 4):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    store = SlowStore(tmp_path / "c", seconds=0.5, fails_at=fails_at)
+    with pytest.raises(OSError, match="No space left"):
+        fit(base, tmp_path, UsesStore(store, every_n_train_steps=2), RunGuard(), Tell())
+    assert names(tmp_path / "c") == ([] if fails_at == 2 else ["epoch=0-step=2"])
+    assert not [p for p in (tmp_path / "c").iterdir() if p.name.startswith(".")]
 
 
 def test_loggers_are_told_of_what_is_there(base, tmp_path):

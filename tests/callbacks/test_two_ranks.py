@@ -16,8 +16,7 @@ import pytest
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from peft import PeftModel
-from tiny_models import save_tiny_model
-from tiny_run import TinyData, assert_equal, tiny_module, tiny_trainer
+from tiny_run import Job, TinyData, assert_equal, make_jobs, tiny_module, tiny_trainer
 from torch.distributed.fsdp import fully_shard
 
 import lightning_qlora
@@ -30,8 +29,13 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of the forked processes; no
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("base"), num_hidden_layers=1)
+def jobs(tmp_path_factory):
+    return make_jobs(tmp_path_factory.mktemp("jobs"), num_hidden_layers=1)
+
+
+@pytest.fixture(scope="module")
+def base(jobs):
+    return jobs["SFT"].base
 
 
 class Report(L.Callback):
@@ -55,7 +59,7 @@ class Report(L.Callback):
         (self.folder / f"{trainer.global_rank}.json").write_text(json.dumps(end))
 
 
-def fit_on_rank(rank, port, trainer, module, ckpt_path, seed):
+def fit_on_rank(rank, port, trainer, module, data, ckpt_path, seed):
     """What torchrun would have a process do."""
     os.environ.update(
         {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
@@ -63,11 +67,15 @@ def fit_on_rank(rank, port, trainer, module, ckpt_path, seed):
     )
     os.setpgid(0, 0)  # signals to the test are not for it
     L.seed_everything(seed)
-    trainer().fit(module(), datamodule=TinyData(batches=12), ckpt_path=ckpt_path)
+    trainer().fit(module(), datamodule=data, ckpt_path=ckpt_path)
 
 
-def two_ranks(base, root, *callbacks, name, module=None, ckpt_path=None, seed=0, checkpoint=None, **options):
-    """Fit in two forked processes; return what each reported, and its exit code."""
+def two_ranks(job, root, *callbacks, name, module=None, ckpt_path=None, seed=0, checkpoint=None, **options):
+    """Fit in two forked processes; return what each reported, and its exit code.
+
+    ``job`` may be the base of a supervised one.
+    """
+    job = Job(job) if isinstance(job, str) else job
     (root / name).mkdir(parents=True, exist_ok=True)
     options = {"devices": 2, "strategy": "ddp", "accumulate_grad_batches": 2, "max_epochs": 1, **options}
 
@@ -78,8 +86,8 @@ def two_ranks(base, root, *callbacks, name, module=None, ckpt_path=None, seed=0,
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    build = module or (lambda: tiny_module(base))
-    arguments = [(rank, port, trainer, build, ckpt_path, seed) for rank in (0, 1)]
+    shared = trainer, module or job.module, job.data(batches=12), ckpt_path, seed
+    arguments = [(rank, port, *shared) for rank in (0, 1)]
     processes = [multiprocessing.get_context("fork").Process(target=fit_on_rank, args=args) for args in arguments]
     for process in processes:
         process.start()
@@ -107,21 +115,75 @@ class Tell(L.Callback):
         self.at -= 1
 
 
-def check_interruption(base, root, tell, calm, **options):
-    first = two_ranks(base, root, tell, name="first", **options)
+def check_interruption(job, root, tell, calm, **options):
+    first = two_ranks(job, root, tell, name="first", **options)
     assert [end["code"] for end in first] == [143, 143]
     assert first[0]["step"] == first[1]["step"]
-    second = two_ranks(base, root, name="second", ckpt_path="last", seed=9, **options)
+    second = two_ranks(job, root, name="second", ckpt_path="last", seed=9, **options)
     for rank in (0, 1):
         assert first[rank]["rows"] + second[rank]["rows"] == calm[rank]["rows"]
 
 
-def test_a_signal_to_one_rank_stops_both_at_the_same_step(base, tmp_path):
-    calm = two_ranks(base, tmp_path / "calm", name="calm")
+@pytest.mark.parametrize("kind", ["SFT", pytest.param("DPO", marks=pytest.mark.soak)])
+def test_a_signal_to_one_rank_stops_both_at_the_same_step(jobs, tmp_path, kind):
+    job = jobs[kind]
+    calm = two_ranks(job, tmp_path / "calm", name="calm")
     assert [end["code"] for end in calm] == [0, 0]
-    check_interruption(base, tmp_path / "stopped", Tell([1], at=2), calm)
+    check_interruption(job, tmp_path / "stopped", Tell([1], at=2), calm)
     for rank in (0, 1):
         assert_equal(*(torch.load(tmp_path / name / f"{rank}.pt") for name in ("calm/calm", "stopped/second")))
+
+
+class TellWhileSaving(L.Callback):
+    """Sends some ranks signals in the middle of a save: while its state is gathered, or published in the thread."""
+
+    def __init__(self, folder, ranks, moment):
+        self.folder, self.ranks, self.moment = folder, ranks, moment
+
+    def on_train_start(self, trainer, module):
+        (self.folder / f"{trainer.global_rank}.pid").write_text(str(os.getpid()))
+        (publish,) = (c for c in trainer.checkpoint_callbacks if isinstance(c, AdapterCheckpoint))
+        if self.moment == "publishing":
+            store = publish._publisher.store
+            self.commit, store.commit = store.commit, self.commit_and_tell
+
+    def commit_and_tell(self, *args):
+        """Signal in each publication, the last one too."""
+        for _ in range(2):
+            time.sleep(0.2)
+            for rank in self.ranks:
+                os.kill(int((self.folder / f"{rank}.pid").read_text()), signal.SIGTERM)
+        time.sleep(0.2)
+        return self.commit(*args)
+
+    def on_save_checkpoint(self, trainer, module, checkpoint):
+        if self.moment == "gathering" and trainer.global_rank in self.ranks:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def check_signals_while_saving(job, tmp_path, ranks, moment):
+    root, options = tmp_path / "run", {"accumulate_grad_batches": 1}
+    calm = two_ranks(job, tmp_path / "calm", name="calm", **options)
+    first = two_ranks(job, root, TellWhileSaving(root / "first", ranks, moment), name="first", **options)
+    assert [end["code"] for end in first] == [143, 143]
+    assert first[0]["step"] == first[1]["step"] < 6
+    assert LocalStore(root / "checkpoints").newest_valid().metadata["step"] == first[0]["step"]
+    assert not list((root / "checkpoints").glob(".*"))
+    second = two_ranks(job, root, name="second", ckpt_path="last", seed=9, **options)
+    for rank in (0, 1):
+        assert first[rank]["rows"] + second[rank]["rows"] == calm[rank]["rows"]
+
+
+def test_signals_while_publishing_on_two_ranks(jobs, tmp_path):
+    check_signals_while_saving(jobs["SFT"], tmp_path, [0, 1], "publishing")
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("ranks", [[0], [1], [0, 1]], ids=str)
+@pytest.mark.parametrize("moment", ["gathering", "publishing"])
+@pytest.mark.parametrize("kind", ["SFT", "DPO"])
+def test_signals_while_saving_on_two_ranks(jobs, tmp_path, kind, moment, ranks):
+    check_signals_while_saving(jobs[kind], tmp_path, ranks, moment)
 
 
 class FailingStore(AdapterCheckpoint):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Generic, TypeVar
 
 __all__ = ["BackgroundJob"]
@@ -35,11 +35,14 @@ class BackgroundJob(Generic[T]):
 
     def take(self) -> T:
         """Wait for the job; return what it returned, or raise what it raised."""
-        assert self._future is not None, "there is no job"
-        future, self._future = self._future, None
-        return future.result()
+        return self._finished().result()
 
     def take_error(self) -> BaseException | None:
         """Wait for the job if there is one; return what it raised."""
+        return None if self._future is None else self._finished().exception()
+
+    def _finished(self) -> Future[T]:
+        assert self._future is not None, "there is no job"
+        wait([self._future])  # interrupted here, by Ctrl-C, the outcome can still be taken
         future, self._future = self._future, None
-        return None if future is None else future.exception()
+        return future
