@@ -4,11 +4,13 @@ import json
 
 import lightning as L
 import pytest
+import torch
 from tiny import tiny_tokenizer
 from tiny_run import Record, TinyData, assert_equal, final_state, make_jobs, tiny_module, tiny_trainer
 
 from lightning_qlora.callbacks import AdapterCheckpoint
 from lightning_qlora.checkpoints.publishing import LocalStore
+from lightning_qlora.checkpoints.random_state import capture_random_state
 from lightning_qlora.data import PreferenceDataModule, SFTDataModule
 from lightning_qlora.losses import DPOLoss, KTOLoss, ORPOLoss
 from lightning_qlora.modules import PreferenceModule, SFTModule
@@ -151,3 +153,25 @@ def test_resumes_bit_exactly_from_every_checkpoint(task, tmp_path, case, accumul
     calm = fit(task, tmp_path / "calm", **options)
     for published in LocalStore(tmp_path / "calm").published():
         check(task, calm, tmp_path / published.name, published, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", ["packed, short last window", "DPO after an adapter, shared prompts, short last window"])
+def test_resumes_on_a_gpu(task, tmp_path, case, monkeypatch):
+    """By deterministic algorithms: batches, learning rates and random numbers exactly, losses to 1e-6."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    options = {**CASES[case], "accelerator": "gpu", "precision": "bf16-mixed", "deterministic": "warn"}
+    try:
+        trainer, record = fit(task, tmp_path / "calm", **options)
+        drawn = capture_random_state()
+        for published in LocalStore(tmp_path / "calm").published()[1:-1]:
+            resumed, rest = fit(task, tmp_path / published.name, ckpt_path=published.path, seed=99, **options)
+            assert_equal(drawn, capture_random_state())
+            done = len(record.rows) - len(rest.rows)
+            assert rest.rows == record.rows[done:]
+            assert rest.losses == pytest.approx(record.losses[done:], rel=1e-6, abs=1e-6)
+            one, two = final_state(trainer), final_state(resumed)
+            assert (one["schedule"], one["steps"]) == (two["schedule"], two["steps"])
+    finally:
+        torch.use_deterministic_algorithms(False)
