@@ -157,7 +157,9 @@ def test_resumes_bit_exactly_from_every_checkpoint(task, tmp_path, case, accumul
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("case", ["packed, short last window", "DPO after an adapter, shared prompts, short last window"])
+@pytest.mark.parametrize(
+    "case", ["packed, short last window", "DPO after an adapter, shared prompts, short last window"]
+)
 def test_resumes_on_a_gpu(task, tmp_path, case, monkeypatch):
     """By deterministic algorithms: batches, learning rates and random numbers exactly, losses to 1e-6."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
