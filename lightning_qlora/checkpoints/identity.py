@@ -80,7 +80,11 @@ class IdentityMismatchError(ValueError):
 
 
 def identify(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None, data_fingerprint: str | None = None
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    data_fingerprint: str | None = None,
+    *,
+    gather: bool = False,
 ) -> dict[str, Any]:
     """Describe what a model with adapters is made of, as plain JSON values.
 
@@ -88,16 +92,17 @@ def identify(
         model: The ``PeftModel``, or the base alone.
         tokenizer: The tokenizer with its chat template.
         data_fingerprint: Names the prepared training data.
+        gather: Whether every rank is here, so that tensors they share can be made whole, one at a time.
     """
     return {
-        **identify_base(model),
+        **identify_base(model, gather=gather),
         "adapter": _adapter_options(model) if isinstance(model, PeftModel) else None,
         **identify_tokenizer(tokenizer),
         "data": data_fingerprint,
     }
 
 
-def identify_base(model: nn.Module) -> dict[str, Any]:
+def identify_base(model: nn.Module, *, gather: bool = False) -> dict[str, Any]:
     """Describe the base under a model: its name, the commit it came from, digests of its tensors, its quantisation.
 
     The tensors are read once, on their device, as they lie there; nothing is copied to the host but 8 bytes each.
@@ -106,7 +111,7 @@ def identify_base(model: nn.Module) -> dict[str, Any]:
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     config = getattr(base, "config", None)
     quantization = getattr(config, "quantization_config", None)
-    plain, quantized, device = _digest_tensors(model)
+    plain, quantized, device = _digest_tensors(model, gather)
     return {
         "base": {
             "name": getattr(config, "_name_or_path", None) or None,
@@ -184,12 +189,16 @@ def _plain(value: Any) -> Any:
 # Tensors
 
 
-def _digest_tensors(model: nn.Module) -> tuple[str | None, str | None, str]:
+def _digest_tensors(model: nn.Module, gather: bool) -> tuple[str | None, str | None, str]:
     """Digest the base's tensors: those kept as numbers, those packed by quantisation; and name their device."""
     digest = TensorDigest()
     for name, parameter in _base_parameters(model):
         if isinstance(parameter, DTensor):
-            return None, None, digest.device  # a shard says nothing about the whole; names and options still do
+            if not gather:
+                return None, None, digest.device  # a shard says nothing about the whole; names and options still do
+            constants = {key: value for key, value in vars(parameter).items() if key == "quant_state"}
+            parameter = parameter.full_tensor()
+            vars(parameter).update(constants)
         digest.add(name, parameter)
     return digest.plain, digest.packed, digest.device
 
@@ -358,6 +367,8 @@ def check_adapter(
 ) -> Published | None:
     """Verify a published adapter folder and refuse it if it belongs to another base, tokenizer or template.
 
+    Where ranks share the base, all of them call this.
+
     Args:
         folder: What ``AdapterCheckpoint`` published, or any PEFT folder.
         model: The base that it is to be loaded into, or the model that it has been loaded into.
@@ -376,7 +387,8 @@ def check_adapter(
     published = verify(folder)
     recorded = published.metadata.get("identity")
     if recorded is not None:
-        refuse_differences(f"The adapter in {str(folder)!r}", recorded, identify(model, tokenizer), allow)
+        found = identify(model, tokenizer, gather=True)
+        refuse_differences(f"The adapter in {str(folder)!r}", recorded, found, allow)
     return published
 
 

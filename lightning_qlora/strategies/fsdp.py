@@ -19,6 +19,7 @@ from typing_extensions import override
 from lightning_qlora.checkpoints.random_state import capture_random_state, restore_random_state
 from lightning_qlora.memory.layers import decoder_layers
 from lightning_qlora.model import base_model
+from lightning_qlora.strategies.sharded_load import ShardedLoad, laid_out
 
 __all__ = ["FSDP2Strategy"]
 
@@ -34,13 +35,14 @@ class FSDP2Strategy(ModelParallelStrategy):
     Checkpoints hold adapters and their optimizer state. Gathered into one file, the default, they resume on any number
     of devices, with this strategy or another. The base is never gathered.
 
-    Each rank first builds the whole model on its own device, whose memory must hold the 4-bit base for that moment; the
-    files are read through the page cache, which the ranks of a host share.
+    No rank ever holds the whole base. Each reads the files through the page cache, which the ranks of a host share,
+    quantises weight by weight on its own device, and keeps its part (:mod:`lightning_qlora.strategies.sharded_load`).
+    Reading them on one rank and sending them would load the network with N copies of the base in 16 bits to save
+    quantising, which takes seconds. While it loads a rank holds its parts, embedding and head, one whole layer of each
+    kind, and the weight at hand in 16 bits.
 
     Args:
         cpu_offload: Keep the parts, their gradients and the optimizer state in host memory.
-        load_in_turn: Let the ranks of a host build the model one after another instead of at once. On a CPU, where host
-            and device are one, a single copy of the base is then whole at any time.
         save_distributed_checkpoint: One file a rank instead of one; those resume under this strategy only.
         process_group_backend: Of torch.distributed; null chooses by device.
         timeout: Of torch.distributed's operations.
@@ -50,7 +52,6 @@ class FSDP2Strategy(ModelParallelStrategy):
         self,
         *,
         cpu_offload: bool = False,
-        load_in_turn: bool = False,
         save_distributed_checkpoint: bool = False,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
@@ -62,7 +63,6 @@ class FSDP2Strategy(ModelParallelStrategy):
             timeout=timeout,
         )
         self.cpu_offload = cpu_offload
-        self.load_in_turn = load_in_turn
         self._sharded: PeftModel | None = None
 
     @override
@@ -81,19 +81,12 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     @contextmanager
     def building(self) -> Iterator[None]:
-        """Give every rank rank 0's random state, so that each holds a part of the same adapters."""
+        """Cut the base up as it is read, and give every rank rank 0's random state, for the same adapters on each."""
         own = capture_random_state()
         first = self.broadcast(own)
         restore_random_state(first)
-        turns = self.num_processes if self.load_in_turn else 1
-        turn = self.local_rank if self.load_in_turn else 0
-        for _ in range(turn):
-            self.barrier()
-        try:
+        with ShardedLoad(self.device_mesh["data_parallel"]).watching():
             yield
-        finally:  # also where building failed, so that the others are not left waiting for their turn
-            for _ in range(turns - turn):
-                self.barrier()
         if not torch.equal(own["torch"], first["torch"]):  # seeded rank by rank, for dropout of its own
             restore_random_state(own)
 
@@ -101,11 +94,12 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Cut up each decoder layer, then the rest; what is called from outside is the transformers model."""
         mesh = self.device_mesh["data_parallel"]
         offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if self.cpu_offload else OffloadPolicy()
-        for layer in decoder_layers(model):
-            fully_shard(layer, mesh=mesh, offload_policy=offload)
-        # Not the PeftModel: generate() calls the model inside it, and hooks would not run. The rest stays gathered
-        # until the backward pass is done, since the loss calls the head after the forward pass is.
-        fully_shard(base_model(model), mesh=mesh, reshard_after_forward=False, offload_policy=offload)
+        with laid_out(model, torch.device("cpu") if self.cpu_offload else self.root_device):
+            for layer in decoder_layers(model):
+                fully_shard(layer, mesh=mesh, offload_policy=offload)
+            # Not the PeftModel: generate() calls the model inside it, and hooks would not run. The rest stays gathered
+            # until the backward pass is done, since the loss calls the head after the forward pass is.
+            fully_shard(base_model(model), mesh=mesh, reshard_after_forward=False, offload_policy=offload)
         self._sharded = model
 
     @override

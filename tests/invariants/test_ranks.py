@@ -18,11 +18,7 @@ from lightning_qlora.strategies import FSDP2Strategy, QLoRADDPStrategy
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the forked processes; nothing here depends on warnings
 
 LENGTHS = (3, 14, 5, 9, 2, 21, 7, 11)
-STRATEGIES = {
-    "ddp": QLoRADDPStrategy,
-    "fsdp": FSDP2Strategy,
-    "fsdp-in-turn": lambda: FSDP2Strategy(load_in_turn=True),
-}
+STRATEGIES = {"ddp": QLoRADDPStrategy, "fsdp": FSDP2Strategy}
 
 
 @pytest.fixture(scope="module")

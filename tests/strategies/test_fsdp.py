@@ -1,7 +1,6 @@
 """What FSDP2 keeps: the bytes of 4-bit weights, host memory, checkpoints, generation; on two gloo processes."""
 
 import hashlib
-import time
 
 import lightning as L
 import pytest
@@ -16,7 +15,6 @@ from torch.distributed.tensor import DTensor
 from lightning_qlora.callbacks import AdapterCheckpoint
 from lightning_qlora.checkpoints.publishing import LocalStore
 from lightning_qlora.model import load_base_model
-from lightning_qlora.modules import SFTModule
 from lightning_qlora.ranks import RankZeroError
 from lightning_qlora.strategies import FSDP2Strategy
 
@@ -205,39 +203,6 @@ def test_no_rank_hangs_when_saving_fails_on_one(base, tmp_path):
         return "trained"
 
     assert run_ranks(tmp_path / "ranks", run) == ["OSError", "RankZeroError"]
-
-
-# Memory of the host
-
-
-class Slow(SFTModule):
-    """Notes when its base is loaded and when the whole of it is gone."""
-
-    def load_base(self, device):
-        self.times = [time.monotonic()]
-        time.sleep(0.3)
-        return super().load_base(device)
-
-    def configure_optimizers(self):
-        self.times.append(self.sharded)
-        return super().configure_optimizers()
-
-
-def test_in_turn_one_rank_has_let_go_before_the_next_one_loads(base, tmp_path):
-    class Noting(FSDP2Strategy):
-        def shard(self, model):
-            super().shard(model)
-            self.lightning_module.sharded = time.monotonic()
-
-    def run():
-        module = tiny_module(base, kind=Slow)
-        strategy = Noting(load_in_turn=True)
-        trainer = tiny_trainer(tmp_path, strategy=strategy, enable_checkpointing=False, **SEVERAL)
-        trainer.fit(module, datamodule=TinyData(batches=2))
-        return module.times
-
-    (_, first_ends), (second_begins, _) = run_ranks(tmp_path / "ranks", run)
-    assert first_ends <= second_begins
 
 
 @pytest.mark.slow

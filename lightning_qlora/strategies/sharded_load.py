@@ -1,0 +1,224 @@
+"""Loading of a base that no rank holds whole: of each matrix only a part is kept, as soon as the next one is read."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from bitsandbytes.nn import Int8Params
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
+from transformers import modeling_utils
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+__all__ = ["ShardedLoad", "laid_out"]
+
+_WRAPPED = ("base_layer", "original_module")
+"""The names under which PEFT's layers hold the module that they stand for."""
+
+_CLASS = "class_when_whole"
+
+
+class ShardedLoad:
+    """Keeps this rank's part of each matrix of the decoder layers while transformers loads them.
+
+    Loading stays transformers' own: its readers, converters, quantisers and tied weights. It builds a model on the meta
+    device and gives each module its parameters one by one, quantised already; here such a parameter is cut along its
+    first dimension, as FSDP2 will, and replaced by a DTensor of the part. What stays whole: everything outside the
+    layers, vectors, and the first layer of each kind, on which kernels are tried out.
+
+    Until FSDP2 gathers layers, this does, on all ranks alike: those that run, and what PEFT wraps, whose weights it
+    reads (their device always, their values for DoRA, PiSSA and others, of which some change them).
+
+    Args:
+        mesh: Of the ranks that share the base, in one dimension.
+    """
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        self._mesh = mesh
+        self._parents: weakref.WeakKeyDictionary[nn.Module, nn.Module] = weakref.WeakKeyDictionary()
+        self._stays_whole: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+        self._kinds: set[Any] = set()
+        self._wrapped: nn.Module | None = None
+        self._of_wrapped: list[_Place] = []
+        self._of_running: dict[nn.Module, list[_Place]] = {}
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Cut up what is loaded, and gather what is read, for the length of the context."""
+        handles = (
+            register_module_module_registration_hook(self._on_module),
+            register_module_parameter_registration_hook(cast(Any, self._on_parameter)),  # torch's annotation: None
+            register_module_forward_pre_hook(self._before_forward),
+            register_module_forward_hook(self._after_forward, always_call=True),
+        )
+        try:
+            with _loading_piece_by_piece():
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    # Called by torch, for every module there is
+
+    def _on_parameter(self, module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        before = module._parameters.get(name)
+        if before is None or parameter is None or not before.is_meta or parameter.is_meta:
+            return None  # not loaded just now
+        if parameter.ndim < 2 or isinstance(parameter, DTensor | Int8Params):  # 8-bit layers hold their weight twice
+            return None
+        layer = self._layer_of(module)
+        return None if layer is None or self._is_first_of_its_kind(layer) else self._cut(parameter)
+
+    def _on_module(self, parent: nn.Module, name: str, child: nn.Module | None) -> None:
+        if child is None:
+            return
+        self._parents[child] = parent
+        owners = (parent, self._parents.get(parent))  # an adapter added later comes into a dictionary of its layer
+        inner = (owner._modules.get(key) for owner in owners if owner is not None for key in _WRAPPED)
+        wrapped = child if name in _WRAPPED else next((module for module in inner if module is not None), None)
+        if wrapped is None or wrapped is self._wrapped:
+            return
+        for place in self._of_wrapped:  # anew, since PEFT may have changed them
+            place.module._parameters[place.name] = self._cut(place.parameter)
+        self._wrapped, self._of_wrapped = wrapped, _gather(wrapped)
+
+    def _before_forward(self, module: nn.Module, inputs: Any) -> None:
+        if isinstance(module, GradientCheckpointingLayer):
+            self._of_running[module] = _gather(module)
+
+    def _after_forward(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        for place in self._of_running.pop(module, ()):
+            place.module._parameters[place.name] = place.cut
+
+    def _layer_of(self, module: nn.Module | None) -> nn.Module | None:
+        while module is not None and not isinstance(module, GradientCheckpointingLayer):
+            module = self._parents.get(module)
+        return module
+
+    def _is_first_of_its_kind(self, layer: nn.Module) -> bool:
+        if layer not in self._stays_whole:
+            kind = (type(layer), tuple((name, p.dtype, p.shape) for name, p in layer.named_parameters()))
+            self._stays_whole[layer] = kind not in self._kinds
+            self._kinds.add(kind)
+        return self._stays_whole[layer]
+
+    @torch.no_grad()
+    def _cut(self, parameter: Tensor) -> nn.Parameter:
+        whole = parameter.as_subclass(Tensor).contiguous()
+        parts, rank = whole.chunk(self._mesh.size()), self._mesh.get_local_rank()
+        part = (parts[rank] if rank < len(parts) else whole[:0]).clone()
+        sharded = DTensor.from_local(
+            part, self._mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride()
+        )
+        cut = nn.Parameter(sharded, requires_grad=parameter.requires_grad)
+        vars(cut).update(vars(parameter))  # how a 4-bit weight was quantised, and that it has been loaded
+        vars(cut)[_CLASS] = type(parameter)
+        return cut
+
+
+@dataclass(slots=True)
+class _Place:
+    """Where a parameter was cut up and is whole for a while."""
+
+    module: nn.Module
+    name: str
+    cut: nn.Parameter
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        parameter = self.module._parameters[self.name]
+        assert parameter is not None
+        return parameter
+
+
+@torch.no_grad()
+def _gather(root: nn.Module) -> list[_Place]:
+    """Make every parameter below a module whole; return where they are."""
+    places = []
+    for module, name, cut in _cut_parameters(root):
+        attributes = dict(vars(cut))
+        kind = attributes.pop(_CLASS)
+        whole = torch.Tensor._make_subclass(kind, cut.full_tensor(), cut.requires_grad)
+        vars(whole).update(attributes)
+        module._parameters[name] = whole
+        places.append(_Place(module, name, cut))
+    return places
+
+
+def _cut_parameters(root: nn.Module) -> list[tuple[nn.Module, str, Any]]:
+    """List the modules, names and parameters below a module that are cut up."""
+    return [
+        (module, name, parameter)
+        for module in root.modules()
+        for name, parameter in module._parameters.items()
+        if isinstance(parameter, DTensor)
+    ]
+
+
+@contextmanager
+def laid_out(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Give fully_shard, inside the context, parameters without data, and what it makes of them the parts after it.
+
+    Args:
+        model: With parameters that :class:`ShardedLoad` has cut up, and others.
+        device: Where the parts are to be.
+    """
+    cut = _cut_parameters(model)
+    empty = {parameter: _without_data(parameter) for _, _, parameter in cut}
+    for module, name, parameter in cut:
+        module._parameters[name] = empty[parameter]
+    del empty
+    yield
+    filled: dict[Any, nn.Parameter] = {}
+    while cut:
+        module, name, parameter = cut.pop()  # so that of each part there is one copy at a time
+        sharded = module._parameters[name]
+        if sharded not in filled:
+            filled[sharded] = _filled(sharded, parameter, device)
+        module._parameters[name] = filled[sharded]
+
+
+def _without_data(parameter: Tensor) -> nn.Parameter:
+    data = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+    return nn.Parameter(data, requires_grad=parameter.requires_grad)
+
+
+@torch.no_grad()
+def _filled(sharded: Any, part: DTensor, device: torch.device) -> nn.Parameter:
+    data: Any = torch.empty_like(sharded, device=device)
+    data.to_local().copy_(part.to_local())
+    return nn.Parameter(data, requires_grad=sharded.requires_grad)
+
+
+@contextmanager
+def _loading_piece_by_piece() -> Iterator[None]:
+    """Keep transformers from filling the device: by reading ahead, and by reserving what the whole model takes.
+
+    It reads ahead in threads unless it quantises, as much as they find time for; and before it reads anything, it lets
+    torch reserve the size of the model in one piece (caching_allocator_warmup), which fails where that does not fit.
+    """
+    variable, name = "HF_DEACTIVATE_ASYNC_LOAD", "caching_allocator_warmup"
+    before, warmup = os.environ.get(variable), getattr(modeling_utils, name)
+    os.environ[variable] = "1"
+    setattr(modeling_utils, name, lambda *_, **__: None)
+    try:
+        yield
+    finally:
+        setattr(modeling_utils, name, warmup)
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before
