@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import lightning as L
@@ -43,6 +43,7 @@ def identify_run(trainer: L.Trainer) -> dict[str, Any]:
 
 def describe_run(trainer: L.Trainer) -> dict[str, Any]:
     """Return step, metrics, versions, configuration and data, without secrets, as plain JSON values."""
+    continued_from = getattr(trainer.lightning_module, "adapter_folder", None)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
     return {
         "step": trainer.global_step,
@@ -52,6 +53,7 @@ def describe_run(trainer: L.Trainer) -> dict[str, Any]:
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "versions": package_versions(),
         "config": scrub(plain_values(_configuration(trainer))),
+        "continued_from": None if continued_from is None else str(continued_from),  # which of a run's checkpoints
         "data": scrub(_data_counts(_data_module(trainer))),
     }
 
@@ -90,7 +92,7 @@ def plain_values(value: Any) -> Any:
     if isinstance(value, Namespace):
         value = value.as_dict()
     elif is_dataclass(value) and not isinstance(value, type):
-        value = asdict(value)
+        value = {field.name: getattr(value, field.name) for field in fields(value)}
     if isinstance(value, Mapping):
         return {str(key): plain_values(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):

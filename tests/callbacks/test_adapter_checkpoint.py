@@ -498,10 +498,11 @@ def test_remote_folder(base, tmp_path):
     assert trainer.global_step == 7
 
 
-def test_manifest_names_no_machine_secret_and_is_readable(run):
+def test_manifest_names_no_machine_secret_and_is_readable(run, job):
     _, _, root = run
     manifest = json.loads((root / "epoch=0-step=6/manifest.json").read_text())
     metadata = manifest["metadata"]
     assert metadata["identity"]["adapter"]["r"] == 4
     assert metadata["versions"]["peft"]
     assert metadata["config"]["module"]["lr"] == 0.01
+    assert metadata["continued_from"] == (job.adapter if job.kind == "DPO" else None)

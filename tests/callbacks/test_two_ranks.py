@@ -186,6 +186,35 @@ def test_signals_while_saving_on_two_ranks(jobs, tmp_path, kind, moment, ranks):
     check_signals_while_saving(jobs[kind], tmp_path, ranks, moment)
 
 
+class SlowThread(AdapterCheckpoint):
+    """Is still publishing its first checkpoint when training goes on."""
+
+    def setup(self, trainer, module, stage):
+        super().setup(trainer, module, stage)
+        commit = self._publisher.store.commit
+        self._publisher.store.commit = lambda *args: (time.sleep(1.0), commit(*args))[1]
+
+
+class Fail(L.Callback):
+    def __init__(self, rank):
+        self.rank = rank
+
+    def on_train_batch_start(self, trainer, module, batch, index):
+        if trainer.global_rank == self.rank and trainer.global_step == 1:
+            raise KeyError("x")
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_exception_on_one_rank_waits_for_what_is_being_published(base, tmp_path, rank):
+    checkpoint = SlowThread(tmp_path / "checkpoints", every_n_train_steps=1)
+    ends = two_ranks(base, tmp_path, Fail(rank), name="run", checkpoint=checkpoint)
+    assert ends[rank]["exception"] == "KeyError('x')"
+    assert all(end["code"] not in (0, None) for end in ends)
+    assert LocalStore(tmp_path / "checkpoints").newest_valid().metadata["step"] == 1
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
 class FailingStore(AdapterCheckpoint):
     """Cannot write its second checkpoint."""
 
