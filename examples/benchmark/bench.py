@@ -42,7 +42,7 @@ from lightning_qlora import PerformanceMonitor, PreferenceModule, SFTModule  # n
 from lightning_qlora.data.collators import AnswerKind, Document, PackedCollator  # noqa: E402
 from lightning_qlora.data.packing import pack_documents  # noqa: E402
 from lightning_qlora.data.preference_batching import PreferenceBatching  # noqa: E402
-from lightning_qlora.kernels.compilation import compile_parts  # noqa: E402
+from lightning_qlora.kernels.compilation import compile_decoder  # noqa: E402
 from lightning_qlora.kernels.lora import is_fused  # noqa: E402
 from lightning_qlora.memory import MemoryModel, build_optimizer, optimizer_memory, skeleton_of  # noqa: E402
 from lightning_qlora.model import attach_adapters, checkpointed_layers, set_activation_checkpointing  # noqa: E402
@@ -265,7 +265,8 @@ def gate(options: argparse.Namespace) -> dict[str, Any]:
     module: Any = make_module(options)
     module.configure_model()
     if options.compile_layers:  # fit does so once it has chosen a plan
-        compile_parts(checkpointed_layers(module.model.get_base_model()), module.layer_plan or "full")
+        base = module.model.get_base_model()
+        compile_decoder(base, checkpointed_layers(base), module.layer_plan or "full", dtype=base.dtype)
     autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
     with autocast:
         loss = module.token_loss(batch)

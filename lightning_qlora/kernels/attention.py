@@ -21,6 +21,7 @@ not the first answer::
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,15 +31,58 @@ from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from lightning_qlora.kernels.varlen import attend_documents, document_offsets
+from lightning_qlora.kernels.varlen import (
+    attend_documents,
+    attend_in_graph,
+    document_offsets,
+    fits,
+    is_trusted,
+    padded_tokens,
+    product_dtype,
+    takes,
+)
 
-__all__ = ["DOCUMENT_ATTENTION", "document_attention", "packed_attention_arguments", "use_document_attention"]
+__all__ = [
+    "DOCUMENT_ATTENTION",
+    "GRAPH_ATTENTION",
+    "PackedDocuments",
+    "document_attention",
+    "packed_attention_arguments",
+    "use_document_attention",
+    "use_graph_attention",
+]
 
 DOCUMENT_ATTENTION = "lightning_qlora_documents"
+"""Name of :func:`document_attention`, which no graph of ``torch.compile`` contains."""
+GRAPH_ATTENTION = "lightning_qlora_documents_in_graphs"
+"""Name of the same function where graphs may contain it: its varlen kernel takes tensors."""
 
 # Arguments of attention functions that change the result and that this one does not implement.
 _UNSUPPORTED_MODEL_TYPES = frozenset({"gpt_oss"})  # attention sinks
 _SUPPORTED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+
+
+class PackedDocuments:
+    """Where the documents of a packed batch lie.
+
+    An object of its own, and no tuple of numbers, so that ``torch.compile`` makes no graph for each batch of them.
+
+    Args:
+        lengths: Of the documents, in tokens; they add up to L.
+        shared_prompts: For each document how many tokens, at the beginning of the nearest document before it with a 0
+            here, it goes on from. ``None`` where all documents stand by themselves.
+        starts: (K + 1,) int32 on the device, where documents begin and the last one ends: what torch's varlen kernel
+            needs to attend within all documents in one call. Without it they are attended one by one.
+    """
+
+    def __init__(
+        self, lengths: Sequence[int], shared_prompts: Sequence[int] | None = None, starts: Tensor | None = None
+    ) -> None:
+        self.lengths = tuple(lengths)
+        self.shared_prompts = None if shared_prompts is None else tuple(shared_prompts)
+        self.starts = starts
+        self.longest = max(self.lengths)
+        self.padded = padded_tokens(self.lengths)
 
 
 def document_attention(
@@ -51,9 +95,7 @@ def document_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    document_lengths: tuple[int, ...] | None = None,
-    shared_prompts: tuple[int, ...] | None = None,
-    document_starts: Tensor | None = None,
+    documents: PackedDocuments | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Scaled dot-product attention in the signature of transformers' ``AttentionInterface``.
@@ -64,33 +106,31 @@ def document_attention(
         key: (B, key-value heads, L', head_dim).
         value: (B, key-value heads, L', head_dim).
         attention_mask: (B, 1, L, L') boolean, true where attention is allowed; ``None`` for causal attention.
-            Ignored when ``document_lengths`` is given.
+            Ignored when ``documents`` are given.
         scaling: Factor on the scores; ``None`` for ``head_dim ** -0.5``.
         dropout: Probability of dropping an attention weight.
         sliding_window: How many positions a token sees, itself included.
         softcap: Bound of the scores, ``softcap * tanh(scores / softcap)`` (Gemma 2).
-        document_lengths: Lengths of the packed documents, in tokens; they add up to L.
-        shared_prompts: For each document how many tokens, at the beginning of the nearest document before it with a 0
-            here, it goes on from. ``None`` where all documents stand by themselves.
-        document_starts: (K + 1,) int32 on the device, where documents begin and the last one ends: what torch's varlen
-            kernel needs to attend within all documents in one call. Without it they are attended one by one.
+        documents: Of a packed batch, B = 1.
 
     Returns:
         (B, L, heads, head_dim) and no attention weights.
     """
-    if document_lengths is None:
+    if documents is None:
         is_causal = attention_mask is None and query.shape[2] > 1
         output = _attend(query, key, value, attention_mask, is_causal, scaling, dropout, softcap)
         return output.transpose(1, 2).contiguous(), None
-    if document_starts is not None and softcap is None and not dropout and shared_prompts is None:
-        fast = attend_documents(query, key, value, document_starts, document_lengths, scaling, sliding_window)
+    starts, shared_prompts = documents.starts, documents.shared_prompts
+    if starts is not None and softcap is None and not dropout and shared_prompts is None:
+        longest, padded = documents.longest, documents.padded
+        fast = attend_documents(query, key, value, starts, longest, padded, scaling, sliding_window)
         if fast is not None:
             return fast, None
     outputs = []
-    lengths = list(document_lengths)
-    documents = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+    lengths = list(documents.lengths)
+    parts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
     trunk_key, trunk_value = key, value
-    for (query_d, key_d, value_d), shared in zip(documents, shared_prompts or (0,) * len(lengths), strict=True):
+    for (query_d, key_d, value_d), shared in zip(parts, shared_prompts or (0,) * len(lengths), strict=True):
         if shared:
             first = 0 if sliding_window is None else max(0, shared - sliding_window + 1)  # what the first query sees
             key_d = torch.cat((trunk_key[:, :, first:shared], key_d), dim=2)
@@ -102,6 +142,37 @@ def document_attention(
             mask = _causal_mask(query_d.shape[2], key_d.shape[2], sliding_window, query.device)
         outputs.append(_attend(query_d, key_d, value_d, mask, mask is None, scaling, dropout, softcap))
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+# No graph of torch.compile contains it: it would be one for each batch of lengths.
+_document_attention_outside_graphs: Callable[..., tuple[Tensor, None]] = torch.compiler.disable(document_attention)
+
+
+def _graph_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    documents: PackedDocuments | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """What :func:`use_graph_attention` puts in place of :func:`document_attention`: in graphs, where a kernel fits."""
+    if (
+        documents is None
+        or documents.starts is None
+        or dropout
+        or not takes(product_dtype(query), query.shape[3])
+        or not fits(documents.padded, query.shape[1], query.shape[3])
+    ):
+        options |= {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window, "documents": documents}
+        return _document_attention_outside_graphs(module, query, key, value, attention_mask, **options)
+    dtype = product_dtype(query)
+    found = attend_in_graph(query, key, value, documents.starts, documents.longest, dtype, scaling, sliding_window)
+    return found, None
 
 
 def _attend(
@@ -177,9 +248,32 @@ def use_document_attention(model: PreTrainedModel) -> bool:
     return True
 
 
+def use_graph_attention(model: PreTrainedModel, dtype: torch.dtype) -> bool:
+    """Let graphs of ``torch.compile`` contain attention, if torch's varlen kernel does all of it on this device.
+
+    Args:
+        model: Switched by :func:`use_document_attention`; on its device.
+        dtype: Of the products.
+
+    Returns:
+        Whether graphs may contain it.
+    """
+    config = model.config.get_text_config()
+    heads: int = config.num_attention_heads
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    windows = {False, getattr(config, "sliding_window", None) is not None}
+    if getattr(config, "attn_logit_softcapping", None) is not None or not all(
+        is_trusted(model.device, dtype, heads, key_heads, head_dim, windowed) for windowed in windows
+    ):
+        return False
+    model.set_attn_implementation(GRAPH_ATTENTION)
+    return True
+
+
 def packed_attention_arguments(
-    input_ids: Tensor, document_lengths: tuple[int, ...], shared_prompts: tuple[int, ...] | None = None
-) -> dict[str, Tensor | tuple[int, ...]]:
+    input_ids: Tensor, document_lengths: Sequence[int], shared_prompts: Sequence[int] | None = None
+) -> dict[str, Tensor | PackedDocuments]:
     """Arguments for a model's forward that isolate packed documents under :func:`document_attention`.
 
     transformers hands a four-dimensional ``attention_mask`` to the attention function as it is, so an empty one
@@ -190,16 +284,16 @@ def packed_attention_arguments(
         document_lengths: Lengths of the packed documents, in tokens.
         shared_prompts: As of :class:`~lightning_qlora.schema.PreferenceBatch`.
     """
-    arguments: dict[str, Tensor | tuple[int, ...]] = {
+    starts = None
+    if shared_prompts is None and input_ids.device.type != "cpu":
+        starts = document_offsets(document_lengths, input_ids.device)
+    return {
         "attention_mask": input_ids.new_empty((1, 1, 0, 0)),
-        "document_lengths": document_lengths,
+        "documents": PackedDocuments(document_lengths, shared_prompts, starts),
     }
-    if shared_prompts is not None:
-        return {**arguments, "shared_prompts": shared_prompts}
-    if input_ids.device.type != "cpu":
-        arguments["document_starts"] = document_offsets(document_lengths, input_ids.device)
-    return arguments
 
 
-AttentionInterface.register(DOCUMENT_ATTENTION, document_attention)
-AttentionMaskInterface.register(DOCUMENT_ATTENTION, sdpa_mask)
+AttentionInterface.register(DOCUMENT_ATTENTION, _document_attention_outside_graphs)
+AttentionInterface.register(GRAPH_ATTENTION, _graph_attention)
+for _name in (DOCUMENT_ATTENTION, GRAPH_ATTENTION):
+    AttentionMaskInterface.register(_name, sdpa_mask)

@@ -22,10 +22,20 @@ try:
 except ImportError:  # torch without the kernel
     varlen_attn = None  # type: ignore[assignment]
 
-__all__ = ["attend_documents", "document_offsets"]
+__all__ = [
+    "attend_documents",
+    "attend_in_graph",
+    "document_offsets",
+    "fits",
+    "is_trusted",
+    "padded_tokens",
+    "product_dtype",
+    "takes",
+]
 
 _INDEX_LIMIT = 2**31  # the backward pass counts elements of its padded buffer in 32 bits
 _PADDING = 128  # of each document in that buffer, in tokens
+_DTYPES = (torch.bfloat16, torch.float16)
 _LARGEST_HEAD = 256
 _TOLERANCE = 2e-2  # relative to the norm; bfloat16 keeps 8 bits
 
@@ -52,12 +62,18 @@ def document_offsets(lengths: Sequence[int], device: torch.device) -> Tensor:
     return offsets.to(device)
 
 
+def padded_tokens(lengths: Sequence[int]) -> int:
+    """Return the tokens of the buffer that the backward pass sums gradients in, upwards rounded."""
+    return sum(lengths) + _PADDING * len(lengths)
+
+
 def attend_documents(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     offsets: Tensor,
-    lengths: Sequence[int],
+    longest: int,
+    padded: int,
     scaling: float | None = None,
     sliding_window: int | None = None,
 ) -> Tensor | None:
@@ -68,7 +84,8 @@ def attend_documents(
         key: (1, key-value heads, T, head_dim).
         value: (1, key-value heads, T, head_dim).
         offsets: Of :func:`document_offsets`.
-        lengths: Of the documents, in tokens.
+        longest: Length of the longest document, in tokens.
+        padded: Of :func:`padded_tokens`.
         scaling: Factor on the scores; ``None`` for ``head_dim ** -0.5``.
         sliding_window: How many positions a token sees, itself included.
 
@@ -77,27 +94,73 @@ def attend_documents(
     """
     if varlen_attn is None or not _on_gpu(query):
         return None
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
-    longest = max(lengths)
-    window = sliding_window if sliding_window is not None and longest > sliding_window else None
-    _, num_heads, num_tokens, head_dim = query.shape
-    if dtype not in (torch.bfloat16, torch.float16) or head_dim > _LARGEST_HEAD or head_dim % 8:
+    dtype = product_dtype(query)
+    window = sliding_window
+    if window is not None and not _knows("window_size") and longest <= window:
+        window = None
+    _, num_heads, _, head_dim = query.shape
+    if not takes(dtype, head_dim):
         return None
-    if (num_tokens + _PADDING * len(lengths)) * num_heads * head_dim >= _INDEX_LIMIT:
+    if not fits(padded, num_heads, head_dim):
         _say_once(
-            f"{num_tokens:,} tokens in {len(lengths):,} documents are more than the varlen attention kernel can index "
-            "in its backward pass; documents are attended one by one."
+            "A batch has more tokens than the varlen attention kernel can index in its backward pass; documents are "
+            "attended one by one."
         )
         return None
-    kind = _Kind(query.device, dtype, num_heads, key.shape[1], head_dim, window is not None)
-    if not _is_trusted(kind):
+    if not _is_trusted(_Kind(query.device, dtype, num_heads, key.shape[1], head_dim, window is not None)):
         return None
+    return attend_in_graph(query, key, value, offsets, longest, dtype, scaling, window)
+
+
+def is_trusted(
+    device: torch.device, dtype: torch.dtype, num_heads: int, num_key_heads: int, head_dim: int, windowed: bool
+) -> bool:
+    """Whether the kernel takes such inputs on a device and computes there what it should."""
+    if varlen_attn is None or device.type != "cuda" or not takes(dtype, head_dim):
+        return False
+    return _is_trusted(_Kind(device, dtype, num_heads, num_key_heads, head_dim, windowed))
+
+
+def fits(padded: int, num_heads: int, head_dim: int) -> bool:
+    """Whether the backward pass can index a buffer of :func:`padded_tokens`."""
+    return padded * num_heads * head_dim < _INDEX_LIMIT
+
+
+def attend_in_graph(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    offsets: Tensor,
+    longest: int,
+    dtype: torch.dtype,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+) -> Tensor:
+    """Attend as :func:`attend_documents` does, unasked: where the caller knows that the kernel fits.
+
+    Nothing here looks at numbers, so that a graph of ``torch.compile`` can contain it.
+    """
     query, key, value = (tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value))
-    return _call(query, key, value, offsets, longest, scaling, window)[None]
+    return _call(query, key, value, offsets, longest, scaling, sliding_window)[None]
+
+
+def product_dtype(query: Tensor) -> torch.dtype:
+    """Return the dtype that attention runs in."""
+    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
+
+
+def takes(dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether there is a kernel for heads of this size and dtype."""
+    return dtype in _DTYPES and head_dim <= _LARGEST_HEAD and head_dim % 8 == 0
 
 
 def _on_gpu(tensor: Tensor) -> bool:
     return tensor.is_cuda
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # graphs neither contain nor guard what follows from the installation
+def _knows(option: str) -> bool:
+    return option in _parameters()
 
 
 @cache
@@ -109,14 +172,14 @@ def _call(
     query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, longest: int, scaling: float | None, window: int | None
 ) -> Tensor:
     """Call the kernel with (T, heads, head_dim) tensors, by the names that this torch knows."""
-    names, options = _parameters(), dict[str, Any]()
-    if "window_size" in names:  # how far to look back and ahead, the token itself not counted
+    options: dict[str, Any] = {}
+    if _knows("window_size"):  # how far to look back and ahead, the token itself not counted
         options["window_size"] = (-1 if window is None else window - 1, 0)
     else:
         options["is_causal"] = True
-    if "enable_gqa" in names:  # before, heads were grouped without asking
+    if _knows("enable_gqa"):  # before, heads were grouped without asking
         options["enable_gqa"] = query.shape[1] != key.shape[1]
-    if scaling is not None and "scale" in names:
+    if scaling is not None and _knows("scale"):
         options["scale"] = scaling
     elif scaling is not None:
         query = query * (scaling * query.shape[-1] ** 0.5)
@@ -132,7 +195,7 @@ def _is_trusted(kind: _Kind) -> bool:
     """Whether the kernel computes here what it should; found out once for each kind of call."""
     if kind.device.type == "meta":  # a simulation of a GPU
         return True
-    if kind.windowed and "window_size" not in _parameters():
+    if kind.windowed and not _knows("window_size"):
         return False
     error = _in_clean_thread(kind)
     if error is not None:

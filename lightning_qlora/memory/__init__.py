@@ -6,7 +6,7 @@
 from lightning_qlora.kernels.checkpointing import MixedPlan
 from lightning_qlora.memory.estimate import MemoryEstimate, MemoryModel, Sharding
 from lightning_qlora.memory.optimizer import OptimizerMemory, build_optimizer, optimizer_memory
-from lightning_qlora.memory.run import PlanChoice, choose_plan, free_memory, memory_of_run, most_tokens
+from lightning_qlora.memory.run import PlanChoice, autocast_dtype, choose_plan, free_memory, memory_of_run, most_tokens
 from lightning_qlora.memory.simulation import PLANS, Device, Plan, SimulationError, StepMemory, simulate_step
 from lightning_qlora.memory.skeleton import build_base_skeleton, build_skeleton, skeleton_of
 
@@ -22,6 +22,7 @@ __all__ = [
     "Sharding",
     "SimulationError",
     "StepMemory",
+    "autocast_dtype",
     "build_base_skeleton",
     "build_optimizer",
     "build_skeleton",

@@ -19,7 +19,7 @@ from lightning_qlora.memory.optimizer import OptimizerMemory, optimizer_memory
 from lightning_qlora.memory.simulation import PLANS, SimulationError
 from lightning_qlora.memory.skeleton import skeleton_of
 
-__all__ = ["PlanChoice", "choose_plan", "free_memory", "memory_of_run", "most_tokens"]
+__all__ = ["PlanChoice", "autocast_dtype", "choose_plan", "free_memory", "memory_of_run", "most_tokens"]
 
 _GIB = 2**30
 _GAPS = 0.05  # of the memory: gaps between tensors, and what the estimate is off by
@@ -85,11 +85,16 @@ def memory_of_run(trainer: L.Trainer, model: PeftModel, optimizers: Sequence[Opt
         skeleton_of(model),
         OptimizerMemory(*map(sum, zip(*each, strict=True))),
         device="cuda" if device == "cuda" else "cpu",
-        autocast={"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(trainer.precision)),
+        autocast=autocast_dtype(trainer),
         accumulates=trainer.accumulate_grad_batches > 1,
         sharding="fsdp" if sharded else "ddp" if trainer.world_size > 1 else "none",
         world_size=trainer.world_size,
     )
+
+
+def autocast_dtype(trainer: L.Trainer) -> torch.dtype | None:
+    """Return the dtype of mixed precision; ``None`` for a run without."""
+    return {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(trainer.precision))
 
 
 def most_tokens(datamodule: Any) -> int | None:

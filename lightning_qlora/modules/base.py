@@ -29,9 +29,9 @@ from lightning_qlora.checkpoints.identity import check_adapter
 from lightning_qlora.checkpoints.loop_state import repair_loops
 from lightning_qlora.kernels.attention import use_document_attention
 from lightning_qlora.kernels.checkpointing import PLANS, MixedPlan, Plan
-from lightning_qlora.kernels.compilation import compile_parts
+from lightning_qlora.kernels.compilation import compile_decoder
 from lightning_qlora.kernels.lora import fuse_lora_if_equal
-from lightning_qlora.memory import choose_plan
+from lightning_qlora.memory import autocast_dtype, choose_plan
 from lightning_qlora.model import (
     Quantization,
     attach_adapters,
@@ -88,8 +88,9 @@ class CausalLMModule(L.LightningModule):
             fits the memory then free, layer by layer. The gradients are the same.
         fused_lora: Add plain LoRA inside the products of 4-bit layers, in place of PEFT's own code, with equal results
             up to rounding; auto does so on GPUs. Other adapters, and dropout, run PEFT's code in any case.
-        compile_layers: Compile norms and MLPs with torch.compile, for faster steps after a first one that takes up to a
-            minute, less where the cache has the kernels. Not in layers whose plan is selective.
+        compile_layers: Compile whole decoder layers with torch.compile, for faster steps after a first one that takes
+            up to a minute, less where the cache has the kernels; other lengths cost nothing more. Only norms and MLPs
+            where a family has its own attention or a router; not in layers whose plan is selective.
         untrained_tokens: What to do when the chat template writes control tokens that the base was never trained on:
             refuse, train their embedding rows (auto), or go on regardless (ignore).
         dtype: Of everything that is not quantised: float32, bfloat16 or float16; null chooses by hardware.
@@ -292,7 +293,8 @@ class CausalLMModule(L.LightningModule):
         optimizer = self.optimizer(trained)
         self._choose_plan(optimizer)
         if self.compile_layers and self.model is not None:
-            compile_parts(checkpointed_layers(base_model(self.model)), self.layer_plan or "full")
+            base, plan = base_model(self.model), self.layer_plan or "full"
+            compile_decoder(base, checkpointed_layers(base), plan, dtype=autocast_dtype(self.trainer) or base.dtype)
         if self.lr is not None:
             for group in optimizer.param_groups:
                 group["lr"] = self.lr

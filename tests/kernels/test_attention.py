@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from lightning_qlora.kernels.attention import (
     DOCUMENT_ATTENTION,
+    PackedDocuments,
     document_attention,
     packed_attention_arguments,
     use_document_attention,
@@ -208,7 +209,7 @@ def test_attention_along_branches_is_that_of_the_mask(rows, window, softcap, hea
     key, value = (torch.randn(1, heads[1], len(owner), 8, generator=generator, dtype=torch.float64) for _ in range(2))
     found, _ = document_attention(
         nn.Module(), query, key, value, None, sliding_window=window, softcap=softcap,
-        document_lengths=tuple(lengths), shared_prompts=tuple(shared),
+        documents=PackedDocuments(lengths, shared),
     )  # fmt: skip
     key, value = (x.repeat_interleave(heads[0] // heads[1], 1) for x in (key, value))
     scores = query @ key.mT * 8**-0.5
@@ -229,9 +230,9 @@ def test_branches_on_the_gpu(dtype, heads):
         for n in (heads[0], heads[1], heads[1])
     ]
     gpu = [x.detach().to("cuda", dtype).requires_grad_() for x in cpu]
-    arguments = {"document_lengths": lengths, "shared_prompts": shared}
-    expected = document_attention(nn.Module(), *cpu, None, **arguments)[0]
-    found = document_attention(nn.Module(), *gpu, None, **arguments)[0]
+    documents = PackedDocuments(lengths, shared)
+    expected = document_attention(nn.Module(), *cpu, None, documents=documents)[0]
+    found = document_attention(nn.Module(), *gpu, None, documents=documents)[0]
     tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype is torch.bfloat16 else {"rtol": 1e-3, "atol": 1e-4}
     torch.testing.assert_close(found.double().cpu(), expected, **tolerance)
     weights = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
