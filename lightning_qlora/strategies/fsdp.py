@@ -19,6 +19,7 @@ from typing_extensions import override
 from lightning_qlora.checkpoints.random_state import capture_random_state, restore_random_state
 from lightning_qlora.memory.layers import decoder_layers
 from lightning_qlora.model import base_model
+from lightning_qlora.strategies.integer_parameters import integer_parameters
 from lightning_qlora.strategies.sharded_load import ShardedLoad, laid_out
 
 __all__ = ["FSDP2Strategy"]
@@ -94,7 +95,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Cut up each decoder layer, then the rest; what is called from outside is the transformers model."""
         mesh = self.device_mesh["data_parallel"]
         offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if self.cpu_offload else OffloadPolicy()
-        with laid_out(model, torch.device("cpu") if self.cpu_offload else self.root_device):
+        device = torch.device("cpu") if self.cpu_offload else self.root_device
+        with laid_out(model, device), integer_parameters():
             for layer in decoder_layers(model):
                 fully_shard(layer, mesh=mesh, offload_policy=offload)
             # Not the PeftModel: generate() calls the model inside it, and hooks would not run. The rest stays gathered
