@@ -143,22 +143,24 @@ class RunGuard(Callback):
 
     @override
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._listen()
+        self._listen(trainer)
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._listen()
+        self._listen(trainer)
         self._window.clear()
         self._step, self._is_updating = trainer.global_step, False
         if self._any_rank_told(trainer):
             self._leave(trainer, None)
 
-    def _listen(self) -> None:
+    def _listen(self, trainer: L.Trainer) -> None:
         # After Lightning has installed its handlers, in place of them. Its SIGTERM handler exits with code 0, may stop
         # inside a window of accumulated gradients, and starts a collective operation wherever it interrupts. Lightning
         # puts the handlers from before the run back by itself.
         if not self._flag.listen():
             rank_zero_warn("RunGuard runs outside the main thread and cannot notice signals.")
+        if trainer.received_sigterm and self._flag.received is None:  # by Lightning, while it made the first loaders
+            self._flag.received = signal.SIGTERM
 
     def _any_rank_told(self, trainer: L.Trainer) -> bool:
         told = self._flag.received is not None

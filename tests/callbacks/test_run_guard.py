@@ -170,6 +170,23 @@ def test_before_the_first_step_there_is_nothing_to_save(base, tmp_path):
     assert not (tmp_path / "checkpoints").exists()
 
 
+@pytest.mark.parametrize(
+    ("loader", "sanity"), [("train_dataloader", 0), ("train_dataloader", 1), ("val_dataloader", 1)]
+)
+def test_a_signal_while_the_first_loaders_are_made(base, tmp_path, loader, sanity):
+    """Lightning listens by then, and would exit with 0."""
+
+    def make(data):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return getattr(TinyData, loader)(data)
+
+    data = type("Data", (TinyData,), {loader: make})()
+    module = tiny_module(base, lr_scheduler=None)  # a schedule would ask for the loader earlier
+    options = {"module": module, "data": data, "num_sanity_val_steps": sanity}
+    trainer, record, code = fit_to_exit(base, tmp_path, RunGuard(), checkpoint(tmp_path), **options)
+    assert (code, trainer.global_step, record.rows) == (143, 0, [])
+
+
 def test_the_handlers_from_before_are_put_back(base, tmp_path):
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
     fit_to_exit(base, tmp_path, RunGuard(), checkpoint(tmp_path), max_steps=1)
