@@ -27,15 +27,15 @@ class TokenLoss(NamedTuple):
 
 
 def head_cross_entropy(
-    hidden_ND: Tensor, head: Callable[[Tensor], Tensor], targets_N: Tensor, *, chunk_size: int = 1024
+    hidden_ND: Tensor, head: Callable[[Tensor], Tensor], targets_N: Tensor, *, chunk_size: int | None = None
 ) -> TokenLoss:
-    """Sum of ``-log softmax(head(hidden))[target]`` over N positions, ``chunk_size`` of them at a time.
+    """Sum of ``-log softmax(head(hidden))[target]`` over N positions, a chunk of them at a time.
 
     Args:
         hidden_ND: (N, D) hidden states at the supervised positions.
         head: Maps (n, D) to (n, V) logits, as in :func:`~lightning_qlora.losses.log_probs.head_log_probs`.
         targets_N: (N,) int64 token ids.
-        chunk_size: Positions whose logits exist at once.
+        chunk_size: Positions whose logits exist at once; ``None`` for as many as a budget of memory allows.
 
     Returns:
         The sum and its counts. With N = 0 the sum is an exact zero that still reaches ``hidden_ND``.

@@ -6,28 +6,49 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["head_log_probs"]
+__all__ = ["chunk_positions", "head_log_probs"]
+
+_BUDGET = 640 * 2**20
+"""Bytes that a chunk's logits, what they are computed with and their gradient may take."""
+_MOST_POSITIONS = 1024  # of a chunk: the products are as fast as they get
+_FEWEST_POSITIONS = 256  # fewer, and reading the head's weight takes longer than multiplying with it
+_STEP = 64  # rows of a product come in tiles
+
+
+def chunk_positions(vocab_size: int, *, frozen: bool = True) -> int:
+    """Return how many positions' logits to hold at once.
+
+    For each position and token of the vocabulary there are 10 bytes at a time (the logits in bfloat16 and in float32,
+    and their log-softmax), and twice that where the head is trained and its gradients are left to autograd.
+
+    Args:
+        vocab_size: Logits of a position.
+        frozen: Whether no parameter of the head is trained.
+    """
+    positions = _BUDGET // ((10 if frozen else 20) * vocab_size)
+    return max(_FEWEST_POSITIONS, min(_MOST_POSITIONS, positions // _STEP * _STEP))
 
 
 def head_log_probs(
-    hidden_ND: Tensor, head: Callable[[Tensor], Tensor], targets_N: Tensor, *, chunk_size: int = 1024
+    hidden_ND: Tensor, head: Callable[[Tensor], Tensor], targets_N: Tensor, *, chunk_size: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """``log softmax(head(hidden))[target]`` at N positions, ``chunk_size`` of them at a time.
+    """``log softmax(head(hidden))[target]`` at N positions, a chunk of them at a time.
 
-    Only one chunk's logits, ``chunk_size`` x V in float32, exist at any moment. Where the head is frozen the gradient
-    of each log-probability with respect to its own hidden state is formed together with it, and scaled by what comes
-    back (two products with the head's weight a step, not three: the third would be the recomputed forward). Where the
-    head is trained each chunk is recomputed in the backward pass instead.
+    Only one chunk's logits exist at any moment. Where the head is frozen the gradient of each log-probability with
+    respect to its own hidden state is formed together with it, and scaled by what comes back (two products with the
+    head's weight a step, not three: the third would be the recomputed forward). Where the head is trained each chunk is
+    recomputed in the backward pass instead.
 
     Args:
         hidden_ND: (N, D) hidden states at the supervised positions.
         head: Maps (n, D) to (n, V) logits; any softcap or scale of the model is part of it.
         targets_N: (N,) int64 token ids.
-        chunk_size: Positions whose logits exist at once.
+        chunk_size: Positions whose logits exist at once; ``None`` for :func:`chunk_positions` of the head's largest
+            linear layer. The result does not depend on it.
 
     Returns:
         (N,) float32 log-probabilities in nats, differentiable, and (N,) bool, whether the target is the most likely
@@ -37,6 +58,8 @@ def head_log_probs(
     if targets_N.numel() == 0:
         reached = hidden_ND if _is_frozen(head) else head(hidden_ND)
         return reached.float().sum(-1), targets_N.bool()
+    if chunk_size is None:
+        chunk_size = chunk_positions(_vocab_size(head, hidden_ND), frozen=_is_frozen(head))
     if torch.is_grad_enabled() and hidden_ND.requires_grad and _is_frozen(head):
         log_probs_N, correct_N = _FrozenHeadLogProbs.apply(hidden_ND, head, targets_N, chunk_size)  # type: ignore[no-untyped-call]
         return log_probs_N, correct_N
@@ -50,14 +73,31 @@ def head_log_probs(
     return torch.cat(log_probs), torch.cat(correct)
 
 
+def _vocab_size(head: Callable[[Tensor], Tensor], hidden_ND: Tensor) -> int:
+    """Return the width of the logits without computing any; adapters of a head are narrower than itself."""
+    modules = head.modules() if isinstance(head, nn.Module) else ()
+    return max((each.out_features for each in modules if isinstance(each, nn.Linear)), default=hidden_ND.shape[-1])
+
+
 def _is_frozen(head: Callable[[Tensor], Tensor]) -> bool:
     parameters = getattr(head, "parameters", None)
     return parameters is not None and not any(p.requires_grad for p in parameters())
 
 
 def _chunk_log_probs(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    logits = head(hidden).float()
-    return -functional.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets
+    logits_NV = head(hidden)
+    log_probs_NV = functional.log_softmax(logits_NV, -1, dtype=torch.float32)
+    return log_probs_NV.gather(1, targets[:, None])[:, 0], logits_NV.argmax(-1) == targets
+
+
+def _with_gradient(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log-probabilities, whether the target is the most likely, and minus the gradient by the logits."""
+    log_probs_NV = functional.log_softmax(logits_NV, -1, dtype=torch.float32)
+    log_probs_N = log_probs_NV.gather(1, targets_N[:, None])[:, 0]
+    correct_N = logits_NV.argmax(-1) == targets_N
+    negative_NV = log_probs_NV.exp_()  # d(-log p) / d logits = softmax - one at the target
+    negative_NV[torch.arange(targets_N.numel(), device=targets_N.device), targets_N] -= 1
+    return log_probs_N, correct_N, negative_NV.to(logits_NV.dtype)
 
 
 class _FrozenHeadLogProbs(torch.autograd.Function):
@@ -78,10 +118,12 @@ class _FrozenHeadLogProbs(torch.autograd.Function):
             rows = slice(start, start + chunk_size)
             hidden = hidden_ND[rows].detach().requires_grad_()
             with torch.enable_grad():
-                log_probs, correct_N[rows] = _chunk_log_probs(head, hidden, targets_N[rows])
-                # Rows do not depend on one another, so the gradient of their sum holds that of each.
-                (gradient_ND[rows],) = torch.autograd.grad(log_probs.sum(), hidden)
-            log_probs_N[rows] = log_probs.detach()
+                logits_NV = head(hidden)
+            log_probs_N[rows], correct_N[rows], negative_NV = _with_gradient(logits_NV.detach(), targets_N[rows])
+            # Rows do not depend on one another, so the gradient of their sum holds that of each.
+            (negative_ND,) = torch.autograd.grad(logits_NV, hidden, negative_NV)
+            torch.neg(negative_ND, out=gradient_ND[rows])
+            del logits_NV, negative_NV  # not to be there beside the next chunk's
         ctx.save_for_backward(gradient_ND)
         ctx.mark_non_differentiable(correct_N)
         return log_probs_N, correct_N

@@ -2,11 +2,12 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_qlora.losses.log_probs import head_log_probs
+from lightning_qlora.losses import log_probs as log_probs_module
+from lightning_qlora.losses.log_probs import chunk_positions, head_log_probs
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-@pytest.mark.parametrize("chunk_size", [1, 7, 64])
+@pytest.mark.parametrize("chunk_size", [1, 7, 64, None])
 def test_each_position_carries_its_own_gradient(frozen, chunk_size):
     torch.manual_seed(0)
     head = nn.Linear(16, 50, bias=False).requires_grad_(not frozen)
@@ -50,3 +51,50 @@ def test_no_position_reaches_a_trained_head_too():
     log_probs, _ = head_log_probs(torch.randn(0, 16, requires_grad=True), head, torch.zeros(0, dtype=torch.int64))
     log_probs.sum().backward()
     assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in head.parameters())
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_chunk_changes_nothing(monkeypatch, frozen, dtype):
+    torch.manual_seed(0)
+    head = nn.Linear(16, 50, bias=False, dtype=dtype).requires_grad_(not frozen)
+    hidden = torch.randn(700, 16, dtype=dtype, requires_grad=True)
+    targets = torch.randint(0, 50, (700,))
+    results = []
+    for size in (None, 256, 699, 700):
+        log_probs, correct = head_log_probs(hidden, head, targets, chunk_size=size)
+        (gradient,) = torch.autograd.grad(log_probs.sum(), hidden)
+        results.append((log_probs.detach(), correct, gradient))
+    for found in results[1:]:
+        for one, two in zip(results[0], found, strict=True):
+            torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "frozen", "positions"),
+    [
+        (1_000, True, 1024),
+        (32_000, True, 1024),
+        (128_256, True, 512),
+        (128_256, False, 256),
+        (262_144, True, 256),
+        (2_000_000, True, 256),
+    ],
+)
+def test_chunks_are_as_long_as_their_memory_allows(vocab_size, frozen, positions):
+    assert chunk_positions(vocab_size, frozen=frozen) == positions
+
+
+def test_the_vocabulary_is_that_of_the_heads_largest_layer_or_of_logits_themselves(monkeypatch):
+    asked = []
+
+    def note(vocab_size, *, frozen):
+        asked.append((vocab_size, frozen))
+        return 3
+
+    monkeypatch.setattr(log_probs_module, "chunk_positions", note)
+    hidden, targets = torch.randn(5, 16, requires_grad=True), torch.zeros(5, dtype=torch.int64)
+    adapted = nn.Sequential(nn.Linear(16, 4), nn.Linear(4, 50)).requires_grad_(False)
+    for head in (nn.Linear(16, 50), adapted, nn.Identity()):
+        head_log_probs(hidden, head, targets)
+    assert asked == [(50, False), (50, True), (16, True)]

@@ -141,3 +141,10 @@ def test_the_figures_of_an_8b_model_on_one_gpu():
     assert nf4 == linear // 2 + linear // 64 + 4 * (linear // 64 // 256) + 224 * (4 * (16 + 256) + 4)
     estimate = model.estimate(8192, plan="full", document_length=2048)
     assert estimate.activations / 8192 / 32 == pytest.approx(8192, rel=0.2)  # a layer's input in bfloat16
+
+
+def test_the_head_of_a_large_vocabulary_stays_within_its_budget():
+    config = tiny_config(vocab_size=128_256, num_hidden_layers=1)
+    memory = MemoryModel(build_skeleton(config, LoraConfig(r=4, target_modules="all-linear")), OptimizerMemory(0, 0, 0))
+    few, many = (memory.estimate(num_tokens, plan="full").logits for num_tokens in (1024, 4096))
+    assert 0.5 * 640 * 2**20 < few <= many < 1.1 * 640 * 2**20
