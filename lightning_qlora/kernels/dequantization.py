@@ -24,7 +24,7 @@ try:
 except ImportError:  # torch for CPUs comes without Triton
     triton_dequantize = None  # type: ignore[assignment]
 
-__all__ = ["NESTED_BLOCK", "constants_of", "dequantize_into", "is_fast", "quant_state"]
+__all__ = ["NESTED_BLOCK", "constants_of", "dequantize_into", "has_kernel", "is_fast", "quant_state"]
 
 NESTED_BLOCK = 256
 """The only block of second-level constants that bitsandbytes multiplies with."""
@@ -81,15 +81,20 @@ def dequantize_into(out: Tensor, packed: Tensor, constants: Sequence[Tensor], bl
 
 def is_fast(out: Tensor, constants: Sequence[Tensor], blocksize: int, quant_type: str) -> bool:
     """Whether :func:`dequantize_into` writes at once into a tensor of this device and dtype, without a copy."""
-    if triton_dequantize is None or not out.is_cuda:
-        return False
-    return _is_trusted(_Kind(out.device, out.dtype, blocksize, quant_type, len(constants) > 1))
+    return out.is_cuda and has_kernel(out.device, out.dtype, blocksize, quant_type, len(constants) > 1)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
+def has_kernel(device: torch.device, dtype: torch.dtype, blocksize: int, quant_type: str, nested: bool) -> bool:
+    """Whether a GPU's own kernel can be trusted with this kind of weight."""
+    return triton_dequantize is not None and _is_trusted(_Kind(device, dtype, blocksize, quant_type, nested))
 
 
 def _write(out: Tensor, packed: Tensor, constants: Sequence[Tensor], blocksize: int, quant_type: str) -> None:
     assert triton_dequantize is not None
     flat = packed.reshape(-1).view(torch.uint8)
-    triton_dequantize(out, flat, constants, _values(quant_type, out.device), blocksize, NESTED_BLOCK)
+    with torch.cuda.device_of(out):  # Triton launches on the current device
+        triton_dequantize(out, flat, constants, _values(quant_type, out.device), blocksize, NESTED_BLOCK)
 
 
 @cache

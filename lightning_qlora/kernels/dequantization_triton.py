@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -18,16 +17,17 @@ _TILE = 4096  # elements of a program
 # The names in capitals are constants of a compiled kernel.
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _dequantize(  # type: ignore[no-untyped-def]  # noqa: ANN202
-    packed: Any,
-    absmax: Any,
-    offset: Any,
-    absmax2: Any,
-    code2: Any,
-    code: Any,
-    out: Any,
-    numel: Any,
-    width: Any,
-    stride: Any,
+    packed: tl.tensor,
+    absmax: tl.tensor,
+    offset: tl.tensor,
+    absmax2: tl.tensor,
+    code2: tl.tensor,
+    code: tl.tensor,
+    out: tl.tensor,
+    num_bytes: tl.tensor,
+    numel: tl.tensor,
+    width: tl.tensor,
+    stride: tl.tensor,
     NESTED: tl.constexpr,  # noqa: N803
     NESTED_BLOCK: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
@@ -43,7 +43,7 @@ def _dequantize(  # type: ignore[no-untyped-def]  # noqa: ANN202
     else:
         scale = tl.load(absmax + blocks, mask=starts < numel, other=0.0)
     pairs = (starts // 2)[:, None] + tl.arange(0, BLOCK // 2)[None, :]
-    both = tl.load(packed + pairs, mask=2 * pairs < numel, other=0).to(tl.int32)
+    both = tl.load(packed + pairs, mask=pairs < num_bytes, other=0).to(tl.int32)
     values = tl.join(tl.load(code + (both >> 4)), tl.load(code + (both & 15)))
     values = tl.reshape(values, (BLOCKS, BLOCK)) * scale[:, None]
     columns = tl.arange(0, BLOCK)[None, :]
@@ -72,7 +72,8 @@ def dequantize(
     offset, absmax2, code2 = second or (absmax, absmax, absmax)  # not read
     numel, width, blocks = out.numel(), out.shape[1], max(1, _TILE // blocksize)
     _dequantize[(-(-numel // (blocks * blocksize)),)](
-        packed, absmax, offset, absmax2, code2, code, out, numel, width, out.stride(0),
+        packed, absmax, offset, absmax2, code2, code, out,
+        packed.numel(), numel, width, out.stride(0),
         NESTED=bool(second), NESTED_BLOCK=nested_blocksize, BLOCK=blocksize, BLOCKS=blocks,
         IN_ROWS=width % blocksize == 0,
         enable_fp_fusion=False,  # bitsandbytes rounds between product and sum

@@ -5,11 +5,9 @@ product is added into the base's output by the matrix product itself, projection
 all their A, and the backward pass keeps nothing but that input and that product. It is the same sum in another order:
 equal to PEFT's within the rounding of the dtype.
 
-What is kept is kept before the product with the base begins, by an operator of its own. A checkpointed layer is
-recomputed until all is there that its backward pass needs: so the product that ends the layer is not made again.
-
-Only plain LoRA is computed here. Each call asks whether it is (:meth:`FusedLinear4bit.forward`), and everything else
-runs PEFT's own code: DoRA and other variants, dropout, several adapters at once, merged or disabled ones, inference.
+The operators are in :mod:`lightning_qlora.kernels.lora_products`. Only plain LoRA is computed by them. Each call asks
+whether it is (:meth:`FusedLinear4bit.forward`), and everything else runs PEFT's own code: DoRA and other variants,
+dropout, several adapters at once, merged or disabled ones, inference.
 """
 
 from __future__ import annotations
@@ -18,7 +16,6 @@ import copy
 from collections.abc import Sequence
 from typing import Any, cast
 
-import bitsandbytes.functional as bnb
 import torch
 from bitsandbytes.functional import QuantState
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -26,7 +23,8 @@ from peft.tuners.lora.bnb import Linear4bit
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_qlora.kernels.dequantization import NESTED_BLOCK, constants_of, quant_state
+from lightning_qlora.kernels.dequantization import NESTED_BLOCK, constants_of
+from lightning_qlora.kernels.lora_products import choose_ways
 
 __all__ = ["FusedLinear4bit", "fuse_lora", "fuse_lora_if_equal", "is_fused"]
 
@@ -93,23 +91,33 @@ def _unfuse_lora(model: nn.Module) -> None:
 
 
 def _difference(layer: FusedLinear4bit) -> float:
-    """Return how far a copy's output and gradients are from PEFT's, relative to their norms, at the worst."""
-    layer = copy.deepcopy(layer).train()
-    name, base = layer.active_adapters[0], cast(Any, layer.base_layer)
+    """Return how far a group's outputs and gradients are from PEFT's, relative to their norms, at the worst.
+
+    Computed on a copy of the group, with adapters that are not zero.
+    """
+    members = copy.deepcopy(layer).fused_group.members
+    base = members[0].base_layer
     device, dtype = base.weight.device, base.compute_dtype or torch.float32
     generator = torch.Generator().manual_seed(0)
-    a, b = (cast(Tensor, each[name].weight) for each in (layer.lora_A, layer.lora_B))
-    with torch.no_grad():
-        b.copy_(0.05 * torch.randn(b.shape, generator=generator))  # they begin at zero
+    adapters = []
+    for member in members:
+        a, b = (each[member.train().active_adapters[0]].weight for each in (member.lora_A, member.lora_B))
+        b.data.copy_(0.05 * torch.randn(b.shape, generator=generator))  # they begin at zero
+        adapters += [a, b]
     x = torch.randn(_CHECKED_TOKENS, base.in_features, generator=generator).to(device, dtype).requires_grad_()
-    weights = torch.randn(_CHECKED_TOKENS, base.out_features, generator=generator).to(device, dtype)
+    widths = [member.base_layer.out_features for member in members]
+    weights = [torch.randn(_CHECKED_TOKENS, width, generator=generator).to(device, dtype) for width in widths]
     found = []
-    with torch.enable_grad(), torch.autocast(device.type, dtype, enabled=dtype != a.dtype):
-        if not layer.is_plain(x):  # never fused, so never wrong
+    with torch.enable_grad(), torch.autocast(device.type, dtype, enabled=dtype != adapters[0].dtype):
+        if not all(member.is_plain(x) for member in members):  # never fused together
+            members, adapters, weights = members[:1], adapters[:2], weights[:1]
+        if not members[0].is_plain(x):  # never fused, so never wrong
             return 0.0
-        for forward in (layer.forward, super(FusedLinear4bit, layer).forward):
-            output = forward(x)
-            found.append([output.detach(), *torch.autograd.grad(output, (x, a, b), weights.to(output.dtype))])
+        for forward in (FusedLinear4bit.forward, Linear4bit.forward):
+            outputs = [forward(member, x) for member in members]
+            cotangents = [each.to(output.dtype) for each, output in zip(weights, outputs, strict=True)]
+            gradients = torch.autograd.grad(outputs, (x, *adapters), cotangents)
+            found.append([*(output.detach() for output in outputs), *gradients])
     return max(float((one - two).norm() / two.norm()) for one, two in zip(*found, strict=True))
 
 
@@ -205,8 +213,11 @@ def _products(x: Tensor, members: Sequence[Any]) -> list[Tensor]:
     b = [member.lora_B[name].weight for member, name in zip(members, names, strict=True)]
     scales = [float(member.scaling[name]) for member, name in zip(members, names, strict=True)]
     stored = scales, states[0].blocksize, states[0].quant_type
-    low, *shapes = torch.ops.lightning_qlora.lora_low(x_TD, weights, constants, a, b, *stored)
-    outputs = torch.ops.lightning_qlora.lora_products(x_TD, low, shapes, weights, constants, biases, b, *stored)
+    ways = choose_ways(x_TD, [each.shape[0] for each in a], [each.shape[0] for each in b], constants, *stored[1:])
+    low, *shapes = torch.ops.lightning_qlora.lora_low(x_TD, weights, constants, a, b, *stored, ways.backward)
+    outputs = torch.ops.lightning_qlora.lora_products(
+        x_TD, low, shapes, weights, constants, biases, b, *stored, ways.forward
+    )
     return [output.view(*x.shape[:-1], output.shape[-1]) for output in outputs]
 
 
@@ -214,168 +225,3 @@ def _state_of(base: Any) -> QuantState:
     """Return what dequantises a layer's weight; a weight that was gathered from its shards has lost it."""
     state: QuantState = getattr(base.weight, "quant_state", None) or base.quant_state
     return state
-
-
-@torch.library.custom_op("lightning_qlora::lora_low", mutates_args=())
-def _lora_low(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    constants: Sequence[Tensor],
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    scales: Sequence[float],
-    blocksize: int,
-    quant_type: str,
-) -> list[Tensor]:
-    """Multiply one input with all A, and keep what the gradients of the whole group need.
-
-    Args:
-        x: (T, in) of the dtype of the products.
-        weights: 4-bit weights of ``W_i``, (out_i, in) when dequantised.
-        constants: Of :func:`constants_of`, one weight's after another's.
-        a: (rank_i, in) each.
-        b: (out_i, rank_i) each.
-        scales: Factors on the adapters' products.
-        blocksize: Values of ``W_i`` that share a constant.
-        quant_type: Of bitsandbytes.
-
-    Returns:
-        (T, sum of ranks), the input's product with all A; and for each weight one number in the shape (T, out_i) of its
-        output. Through these the outputs' gradients come here, where all gradients are formed at once.
-    """
-    low = x @ torch.cat([each.to(x.dtype) for each in a]).t()
-    return [low, *(x.new_zeros(()).expand(x.shape[0], each.shape[0]) for each in b)]
-
-
-@_lora_low.register_fake
-def _(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    constants: Sequence[Tensor],
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    scales: Sequence[float],
-    blocksize: int,
-    quant_type: str,
-) -> list[Tensor]:
-    low = x.new_empty(x.shape[0], sum(each.shape[0] for each in a))
-    return [low, *(x.new_empty(()).expand(x.shape[0], each.shape[0]) for each in b)]
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, weights, constants, a, b, *ctx.options = inputs
-    ctx.save_for_backward(x, output[0], *weights, *constants, *a, *b)
-    ctx.num_weights = len(weights)
-    ctx.num_constants = len(constants)
-    ctx.set_materialize_grads(False)
-
-
-def _gradients(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    """Return the gradients of the input and of all A and B; the products with ``W_i`` end with the adapters'."""
-    (x, low, *saved), num = ctx.saved_tensors, ctx.num_weights
-    weights, constants = saved[:num], saved[num : num + ctx.num_constants]
-    a, b = saved[-2 * num : -num], saved[-num:]
-    scales, blocksize, quant_type = ctx.options
-    per_weight = len(constants) // num
-    ranks = [each.shape[0] for each in a]
-    lows, of_b, of_x = [], [], None
-    for i, (gradient, part) in enumerate(zip(gradients[1:], low.split(ranks, 1), strict=True)):
-        if gradient is None:  # nobody used this output
-            gradient = x.new_zeros(x.shape[0], b[i].shape[0])
-        gradient = gradient.to(x.dtype)
-        lows.append((gradient @ b[i].to(x.dtype)).mul_(scales[i]))
-        of_b.append((gradient.t() @ part).mul_(scales[i]).to(b[i].dtype))
-        if ctx.needs_input_grad[0]:
-            shape = torch.Size((b[i].shape[0], x.shape[1]))
-            state = quant_state(constants[i * per_weight : (i + 1) * per_weight], shape, blocksize, quant_type, x.dtype)
-            weight = bnb.dequantize_4bit(weights[i], state)
-            of_x = gradient @ weight if of_x is None else of_x.addmm_(gradient, weight)
-    lows_TR = lows[0] if num == 1 else torch.cat(lows, 1)
-    if of_x is not None:
-        of_x = of_x.addmm_(lows_TR, torch.cat([each.to(x.dtype) for each in a]))
-    of_a = (lows_TR.t() @ x).split(ranks)
-    of_a = [each.to(parameter.dtype) for each, parameter in zip(of_a, a, strict=True)]
-    return (of_x, [None] * num, [None] * ctx.num_constants, of_a, of_b, None, None, None)
-
-
-_lora_low.register_autograd(_gradients, setup_context=_keep)
-
-
-@torch.library.custom_op("lightning_qlora::lora_products", mutates_args=())
-def _lora_products(
-    x: Tensor,
-    low: Tensor,
-    shapes: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    constants: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    b: Sequence[Tensor],
-    scales: Sequence[float],
-    blocksize: int,
-    quant_type: str,
-) -> list[Tensor]:
-    """Multiply one input with several 4-bit weights and add their adapters, keeping nothing.
-
-    Args:
-        x: As for :func:`_lora_low`, like all that have the same name there.
-        low: What that returned first.
-        shapes: What it returned after that; they take this operator's gradients.
-        weights: 4-bit weights.
-        constants: Of the weights.
-        biases: (out_i,) each, or an empty list.
-        b: (out_i, rank_i) each.
-        scales: Factors.
-        blocksize: Values that share a constant.
-        quant_type: Of bitsandbytes.
-
-    Returns:
-        (T, out_i) for each weight.
-    """
-    outputs = []
-    per_weight = len(constants) // len(weights)
-    for i, part in enumerate(low.split([each.shape[1] for each in b], 1)):
-        absmax, *second = constants[i * per_weight : (i + 1) * per_weight]
-        offset, absmax2, code2 = second or (None, None, None)
-        output = torch.ops.bitsandbytes.gemm_4bit.default(
-            x,
-            weights[i].view(-1, 1),
-            [b[i].shape[0], x.shape[1]],
-            absmax if absmax2 is None else absmax2,
-            blocksize,
-            quant_type,
-            bias=biases[i].to(x.dtype) if biases else None,
-            absmax_8bit=None if absmax2 is None else absmax,
-            absmax_code=code2,
-            absmax_offset=offset,
-        )
-        outputs.append(output.addmm_(part, b[i].to(x.dtype).t(), alpha=scales[i]))
-    return outputs
-
-
-@_lora_products.register_fake
-def _(
-    x: Tensor,
-    low: Tensor,
-    shapes: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    constants: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    b: Sequence[Tensor],
-    scales: Sequence[float],
-    blocksize: int,
-    quant_type: str,
-) -> list[Tensor]:
-    return [x.new_empty(x.shape[0], each.shape[0]) for each in b]
-
-
-def _count(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    ctx.counts = [len(each) for each in inputs[3:7]]
-    ctx.set_materialize_grads(False)
-
-
-def _hand_on(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    frozen = [[None] * count for count in ctx.counts]  # B's gradient too is formed where all are
-    return (None, None, list(gradients), *frozen, None, None, None)
-
-
-_lora_products.register_autograd(_hand_on, setup_context=_count)

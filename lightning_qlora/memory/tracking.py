@@ -23,10 +23,21 @@ def _product_scratch(args: Sequence[Any]) -> int:
 
 
 def _group_scratch(args: Sequence[Any]) -> int:
-    """``lora_products(x, low, shapes, weights, constants, biases, b, scales, blocksize, ...)``, weight by weight."""
-    x, b, blocksize = args[0], args[6], args[8]
-    numel = int(max(each.shape[0] for each in b) * x.shape[1])
-    return numel * int(x.dtype.itemsize) + 4 * -(numel // -int(blocksize))
+    """``lora_products(x, low, shapes, weights, constants, biases, b, scales, blocksize, ..., inside)``.
+
+    It dequantises weight by weight; with the adapters inside its products, into longer rows, and copies the input.
+    """
+    x, low, b, blocksize, inside = args[0], args[1], args[6], args[8], args[10]
+    height = max(each.shape[0] for each in b)
+    constants = 4 * -(height * x.shape[1] // -int(blocksize))
+    width = x.shape[1] + (low.shape[1] if inside else 0)
+    copied = x.shape[0] * width if inside else 0
+    return int((height * width + copied) * x.dtype.itemsize + constants)
+
+
+def _stack_scratch(args: Sequence[Any]) -> int:
+    """``stack_4bit(weights, constants, below, heights, width, blocksize, ...)`` may dequantise constants first."""
+    return 4 * -(int(max(args[3])) * int(args[4]) // -int(args[5]))
 
 
 def _flash_scratch(args: Sequence[Any]) -> int:
@@ -44,6 +55,7 @@ def _varlen_scratch(args: Sequence[Any]) -> int:
 _HIDDEN: dict[str, Callable[[Sequence[Any]], int]] = {
     "bitsandbytes.gemm_4bit.default": _product_scratch,
     "lightning_qlora.lora_products.default": _group_scratch,
+    "lightning_qlora.stack_4bit.default": _stack_scratch,
     "aten._scaled_dot_product_flash_attention_backward.default": _flash_scratch,
     "torch_attn._varlen_attn_backward.default": _varlen_scratch,
 }

@@ -75,6 +75,27 @@ def test_the_kernel_writes_every_shape_bit_by_bit(interpreted, blocksize, quant_
 
 
 @pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("in_rows", [True, False])
+def test_the_kernel_compiles_for_a_gpu_that_is_not_here(nested, in_rows, tmp_path, monkeypatch):
+    """What the interpreter lets pass the compiler may not; and no product is fused with a sum, which rounds once."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+
+    from lightning_qlora.kernels.dequantization_triton import _dequantize
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    pointers = {"packed": "*u8", "absmax": "*u8" if nested else "*fp32", "out": "*bf16"}
+    constants = {"NESTED": nested, "NESTED_BLOCK": 256, "BLOCK": 64, "BLOCKS": 64, "IN_ROWS": in_rows}
+    signature = {
+        name: "constexpr" if name in constants else pointers.get(name, "*fp32") for name in _dequantize.arg_names
+    } | dict.fromkeys(("num_bytes", "numel", "width", "stride"), "i32")
+    source = triton.compiler.ASTSource(_dequantize, signature, constexprs=constants)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False})
+    assert "mul.rn.f32" in compiled.asm["ptx"]
+    assert "fma" not in compiled.asm["ptx"]
+
+
+@pytest.mark.parametrize("nested", [True, False])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_the_arithmetic_is_bitsandbytes_own(quant_type, nested):
     weight = torch.randn(48, 128, generator=torch.Generator().manual_seed(0))

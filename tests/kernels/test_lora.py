@@ -8,70 +8,16 @@ from contextlib import nullcontext
 import pytest
 import torch
 from peft import LoraConfig
+from tiny_lora import Dequantised, FusedCalls, assert_equal_steps, build, distance, gradients_of, scramble, step
 from tiny_models import random_batch, save_tiny_model
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BitsAndBytesConfig
 
+from lightning_qlora.kernels import lora_products
 from lightning_qlora.kernels.dequantization import constants_of
 from lightning_qlora.kernels.lora import FusedLinear4bit, fuse_lora, fuse_lora_if_equal, is_fused
 from lightning_qlora.model import attach_adapters, load_base_model, save_adapter, set_activation_checkpointing
 
 LINEARS = {"phi3": 4}
-
-
-def build(folder, family="llama", dtype=torch.float32, quantization="nf4", num_hidden_layers=2, **options):
-    path = folder / family
-    if not path.exists():
-        save_tiny_model(path, family, num_hidden_layers=num_hidden_layers)
-    torch.manual_seed(0)
-    defaults = {"r": 4, "lora_alpha": 12, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    base = load_base_model(str(path), dtype=dtype, quantization=quantization)
-    model = attach_adapters(base, LoraConfig(**{**defaults, **options}))
-    scramble(model)
-    return model
-
-
-def scramble(model):
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-
-
-class Calls(TorchDispatchMode):
-    """Counts the calls of the fused operator."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += str(func) == "lightning_qlora.lora_products.default"
-        return func(*args, **(kwargs or {}))
-
-
-def step(model, autocast=None):
-    batch = random_batch((9, 14))
-    context = nullcontext() if autocast is None else torch.autocast("cpu", autocast)
-    with Calls() as calls:
-        with context:
-            logits = model(input_ids=batch["input_ids"], use_cache=False).logits
-        torch.nn.functional.cross_entropy(logits[0].float(), batch["input_ids"][0]).backward()
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return logits.detach().float(), gradients, calls.count
-
-
-def distance(one, two):
-    one, two = one.detach().double(), two.detach().double()
-    return float((one - two).norm() / two.norm())
-
-
-def assert_equal_steps(one, two, tolerance):
-    assert distance(one[0], two[0]) <= tolerance
-    assert one[1].keys() == two[1].keys()
-    for name, gradient in two[1].items():
-        assert one[1][name].dtype == gradient.dtype
-        assert gradient.abs().sum() > 0
-        assert distance(one[1][name], gradient) <= tolerance, name
 
 
 @pytest.mark.parametrize(
@@ -164,7 +110,7 @@ def test_disabled_other_merged_and_inactive_adapters_are_respected(tmp_path):
     def both(context):
         outputs = []
         for each in (model, fused):
-            with Calls() as calls, context(each):
+            with FusedCalls() as calls, context(each):
                 outputs.append(each(input_ids=ids, use_cache=False).logits.detach())
         assert distance(*outputs) <= 1e-5
         return outputs[1], calls.count
@@ -199,7 +145,7 @@ def test_evaluation_runs_pefts_code_and_copies_are_independent(tmp_path):
         bare = model(input_ids=ids, use_cache=False).logits
     assert distance(twin(input_ids=ids, use_cache=False).logits, bare) <= 1e-6
     model.eval()
-    with Calls() as calls:
+    with FusedCalls() as calls:
         model(input_ids=ids, use_cache=False)
     assert calls.count == 0
 
@@ -213,33 +159,6 @@ def test_plans_of_checkpointing_change_no_bit(tmp_path, plan):
     found = step(model)
     assert found[2] == (8 if plan == "selective" else 14)  # the last product of each of the two layers is made once
     assert all(torch.equal(found[1][name], gradient) for name, gradient in expected[1].items())
-
-
-class Products(TorchDispatchMode):
-    """Counts products with base weights."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if str(func) == "lightning_qlora.lora_products.default":
-            self.count += len(args[3])
-        self.count += str(func).startswith("bitsandbytes.gemm_4bit")
-        return func(*args, **(kwargs or {}))
-
-
-def gradients_of(model, autocast=None, passes=1):
-    """The gradients of some passes of one graph, and the products with base weights before and after it is built."""
-    ids = random_batch((9, 14))["input_ids"]
-    with Products() as products:
-        with nullcontext() if autocast is None else torch.autocast("cpu", autocast):
-            hidden = model.get_base_model().get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-        forward = products.count
-        loss = (hidden.float() * torch.linspace(-1, 1, hidden.numel()).reshape(hidden.shape).sin()).sum()
-        for index in range(passes):
-            loss.backward(retain_graph=index + 1 < passes)
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return found, forward, products.count - forward
 
 
 @pytest.mark.parametrize("plan", ["full", "offload"])
@@ -268,16 +187,6 @@ def test_a_graph_that_is_retained_gives_its_gradients_twice(tmp_path, plan):
     twice, *_ = gradients_of(model, torch.bfloat16, passes=2)
     assert once.keys() == twice.keys()
     assert all(torch.equal(twice[name], 2 * gradient) for name, gradient in once.items())
-
-
-class Dequantised(TorchDispatchMode):
-    """Counts base weights that are dequantised."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += str(func).startswith("bitsandbytes.dequantize_4bit")
-        return func(*args, **(kwargs or {}))
 
 
 def test_an_input_that_needs_no_gradient_gets_no_product(tmp_path):
@@ -327,20 +236,18 @@ def test_an_output_that_nobody_uses_and_the_same_input_twice(tmp_path):
 
 
 def test_the_operator_keeps_torchs_rules(tmp_path):
-    from lightning_qlora.kernels import lora
-
     model = build(tmp_path)
     fuse_lora(model)
     member = model.get_base_model().model.layers[0].mlp.down_proj
     state = member.base_layer.weight.quant_state
     a, b = member.lora_A["default"].weight, member.lora_B["default"].weight
     x = torch.randn(5, a.shape[1], requires_grad=True)
-    weights, constants, stored = [member.base_layer.weight.data], constants_of(state), ([2.0], 64, "nf4")
+    weights, constants, stored = [member.base_layer.weight.data], constants_of(state), ([2.0], 64, "nf4", False)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(lora._lora_low, (x, weights, constants, [a], [b], *stored), test_utils=tests)
-    low, *shapes = lora._lora_low(x, weights, constants, [a], [b], *stored)
+    torch.library.opcheck(lora_products._lora_low, (x, weights, constants, [a], [b], *stored), test_utils=tests)
+    low, *shapes = lora_products._lora_low(x, weights, constants, [a], [b], *stored)
     arguments = (x, low, shapes, weights, constants, [], [b], *stored)
-    torch.library.opcheck(lora._lora_products, arguments, test_utils=tests)
+    torch.library.opcheck(lora_products._lora_products, arguments, test_utils=tests)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

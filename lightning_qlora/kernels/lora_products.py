@@ -1,0 +1,374 @@
+"""The operators of fused LoRA: one input, several 4-bit weights, and their adapters.
+
+There are two. The first multiplies the input with all A and keeps what the backward pass needs; the second makes the
+products with the weights and keeps nothing. A checkpointed layer is recomputed until all is there that its backward
+pass needs, so the product that ends the layer is not made again.
+
+The adapters are added in one of two ways, forward and backward:
+
+- into the output, by ``addmm_``: a skinny product that reads and writes every output once more; or
+- inside the base product, whose inner dimension is made longer: ``[x | x A^T] [W | s B]^T`` forward, and backward
+  ``[g | s g B] [W ; A]``, which costs a copy of what stands on the left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import bitsandbytes.functional as bnb
+import torch
+from torch import Tensor
+
+from lightning_qlora.kernels.dequantization import dequantize_into, has_kernel, is_fast, quant_state
+
+__all__ = ["Ways", "choose_ways"]
+
+_ALIGNMENT = 8  # elements; matrix products are fast where rows begin at multiples of 16 bytes
+_FEW_TOKENS = 1536  # up to here bitsandbytes has products that dequantise nothing
+
+
+class Ways(NamedTuple):
+    """Whether a group's adapters are added inside the base products, forward and backward."""
+
+    forward: bool
+    backward: bool
+
+
+def choose_ways(
+    x: Tensor, ranks: Sequence[int], widths: Sequence[int], constants: Sequence[Tensor], blocksize: int, quant_type: str
+) -> Ways:
+    """Choose how a group's adapters are added, by the bytes that are moved.
+
+    Both ways dequantise all weights and make the same products. What differs, in T x 2 accesses of an element:
+
+    - forward, ``addmm_`` touches every output: ``sum(widths)``; a longer inner dimension copies the input: ``in``. For
+      Llama-3.1-8B that is 6,144 against 4,096 for Q, K, V, 28,672 against 4,096 for gate and up, 4,096 against the same
+      for O, 4,096 against 14,336 for down.
+    - backward, one product after another is added into the input's gradient, and then the adapters':
+      ``len(widths) * in``; one product of all copies their gradients: ``sum(widths)``. That is 12,288 against 6,144 for
+      Q, K, V, 8,192 against 28,672 for gate and up, 4,096 against the same for O, 14,336 against 4,096 for down.
+
+    Where the weight cannot be dequantised into the longer rows at once, it would be copied too: there ``addmm_`` stays.
+
+    Args:
+        x: (T, in).
+        ranks: Of the adapters.
+        widths: Of the outputs.
+        constants: Of the weights.
+        blocksize: Values of a weight that share a constant.
+        quant_type: Of bitsandbytes.
+    """
+    nested = len(constants) > len(widths)
+    width = x.shape[1]
+    if not x.is_cuda or sum(ranks) % _ALIGNMENT or width % _ALIGNMENT:
+        return Ways(False, False)
+    if not has_kernel(x.device, x.dtype, blocksize, quant_type, nested):
+        return Ways(False, False)
+    return cheaper_ways(width, widths)
+
+
+def cheaper_ways(width: int, widths: Sequence[int]) -> Ways:
+    """Return the arithmetic of :func:`choose_ways`."""
+    return Ways(width < sum(widths), sum(widths) < len(widths) * width)
+
+
+@torch.library.custom_op("lightning_qlora::lora_low", mutates_args=())
+def _lora_low(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    constants: Sequence[Tensor],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scales: Sequence[float],
+    blocksize: int,
+    quant_type: str,
+    inside: bool,
+) -> list[Tensor]:
+    """Multiply one input with all A, and keep what the gradients of the whole group need.
+
+    Args:
+        x: (T, in) of the dtype of the products.
+        weights: 4-bit weights of ``W_i``, (out_i, in) when dequantised.
+        constants: Of :func:`constants_of`, one weight's after another's.
+        a: (rank_i, in) each.
+        b: (out_i, rank_i) each.
+        scales: Factors on the adapters' products.
+        blocksize: Values of ``W_i`` that share a constant.
+        quant_type: Of bitsandbytes.
+        inside: Whether the backward pass adds the adapters inside the product with the weights.
+
+    Returns:
+        (T, sum of ranks), the input's product with all A; and for each weight one number in the shape (T, out_i) of its
+        output. Through these the outputs' gradients come here, where all gradients are formed at once.
+    """
+    low = x @ torch.cat([each.to(x.dtype) for each in a]).t()
+    return [low, *(x.new_zeros(()).expand(x.shape[0], each.shape[0]) for each in b)]
+
+
+@_lora_low.register_fake
+def _(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    constants: Sequence[Tensor],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scales: Sequence[float],
+    blocksize: int,
+    quant_type: str,
+    inside: bool,
+) -> list[Tensor]:
+    low = x.new_empty(x.shape[0], sum(each.shape[0] for each in a))
+    return [low, *(x.new_empty(()).expand(x.shape[0], each.shape[0]) for each in b)]
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, weights, constants, a, b, *ctx.options = inputs
+    ctx.save_for_backward(x, output[0], *weights, *constants, *a, *b)
+    ctx.num_weights = len(weights)
+    ctx.num_constants = len(constants)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    """Return the gradients of the input and of all A and B; the products with ``W_i`` end with the adapters'."""
+    (x, low, *saved), num = ctx.saved_tensors, ctx.num_weights
+    weights, constants = saved[:num], saved[num : num + ctx.num_constants]
+    a, b = saved[-2 * num : -num], saved[-num:]
+    scales, blocksize, quant_type, inside = ctx.options
+    ranks = [each.shape[0] for each in a]
+    of_outputs, lows, of_b = [], [], []
+    for i, (gradient, part) in enumerate(zip(gradients[1:], low.split(ranks, 1), strict=True)):
+        if gradient is None:  # nobody used this output
+            gradient = x.new_zeros(x.shape[0], b[i].shape[0])
+        of_outputs.append(gradient.to(x.dtype))
+        lows.append((of_outputs[i] @ b[i].to(x.dtype)).mul_(scales[i]))
+        of_b.append((of_outputs[i].t() @ part).mul_(scales[i]).to(b[i].dtype))
+    lows_TR = lows[0] if num == 1 else torch.cat(lows, 1)
+    of_x = None
+    if ctx.needs_input_grad[0]:
+        stored = weights, constants, blocksize, quant_type
+        of_x = (_input_gradient_at_once if inside else _input_gradient)(of_outputs, lows_TR, a, *stored)
+    of_a = (lows_TR.t() @ x).split(ranks)
+    of_a = [each.to(parameter.dtype) for each, parameter in zip(of_a, a, strict=True)]
+    return (of_x, [None] * num, [None] * ctx.num_constants, of_a, of_b, None, None, None, None)
+
+
+def _input_gradient(
+    gradients: Sequence[Tensor],
+    lows_TR: Tensor,
+    a: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    constants: Sequence[Tensor],
+    blocksize: int,
+    quant_type: str,
+) -> Tensor:
+    """Add up the products of all gradients with their weights, and that of the adapters."""
+    dtype, per_weight = lows_TR.dtype, len(constants) // len(weights)
+    of_x: Tensor | None = None
+    for i, gradient in enumerate(gradients):
+        own = constants[i * per_weight : (i + 1) * per_weight]
+        shape = [gradient.shape[1]], a[0].shape[1]
+        weight = torch.ops.lightning_qlora.stack_4bit([weights[i]], own, [], *shape, blocksize, quant_type, dtype)
+        of_x = gradient @ weight if of_x is None else of_x.addmm_(gradient, weight)
+        del weight
+    assert of_x is not None
+    of_x.addmm_(lows_TR, torch.cat([each.to(dtype) for each in a]))
+    return of_x
+
+
+def _input_gradient_at_once(
+    gradients: Sequence[Tensor],
+    lows_TR: Tensor,
+    a: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    constants: Sequence[Tensor],
+    blocksize: int,
+    quant_type: str,
+) -> Tensor:
+    """Make one product of all: ``[g_1 | .. | g_n | lows] [W_1 ; .. ; W_n ; A]``."""
+    dtype, shape = lows_TR.dtype, ([each.shape[1] for each in gradients], a[0].shape[1])
+    weights_and_a = torch.ops.lightning_qlora.stack_4bit(
+        weights, constants, [each.to(dtype) for each in a], *shape, blocksize, quant_type, dtype
+    )
+    of_x: Tensor = torch.cat([*gradients, lows_TR], 1) @ weights_and_a
+    return of_x
+
+
+@torch.library.custom_op("lightning_qlora::stack_4bit", mutates_args=())
+def _stack_4bit(
+    weights: Sequence[Tensor],
+    constants: Sequence[Tensor],
+    below: Sequence[Tensor],
+    heights: Sequence[int],
+    width: int,
+    blocksize: int,
+    quant_type: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Dequantise weights into one matrix, (sum of heights, width), with other matrices below them."""
+    per_weight = len(constants) // len(weights)
+    numbers = weights[0].new_empty(sum(heights) + sum(each.shape[0] for each in below), width, dtype=dtype)
+    if len(weights) == 1 and not below and not is_fast(numbers, constants, blocksize, quant_type):
+        del numbers
+        shape = torch.Size((heights[0], width))
+        whole: Tensor = bnb.dequantize_4bit(weights[0], quant_state(constants, shape, blocksize, quant_type, dtype))
+        return whole
+    parts = numbers.split([*heights, *(each.shape[0] for each in below)])
+    for i, weight in enumerate(weights):
+        dequantize_into(parts[i], weight, constants[i * per_weight : (i + 1) * per_weight], blocksize, quant_type)
+    for part, each in zip(parts[len(weights) :], below, strict=True):
+        part.copy_(each)
+    return numbers
+
+
+@_stack_4bit.register_fake
+def _(
+    weights: Sequence[Tensor],
+    constants: Sequence[Tensor],
+    below: Sequence[Tensor],
+    heights: Sequence[int],
+    width: int,
+    blocksize: int,
+    quant_type: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    return weights[0].new_empty(sum(heights) + sum(each.shape[0] for each in below), width, dtype=dtype)
+
+
+_lora_low.register_autograd(_gradients, setup_context=_keep)
+
+
+@torch.library.custom_op("lightning_qlora::lora_products", mutates_args=())
+def _lora_products(
+    x: Tensor,
+    low: Tensor,
+    shapes: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    constants: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scales: Sequence[float],
+    blocksize: int,
+    quant_type: str,
+    inside: bool,
+) -> list[Tensor]:
+    """Multiply one input with several 4-bit weights and add their adapters, keeping nothing.
+
+    Args:
+        x: As for :func:`_lora_low`, like all that have the same name there.
+        low: What that returned first.
+        shapes: What it returned after that; they take this operator's gradients.
+        weights: 4-bit weights.
+        constants: Of the weights.
+        biases: (out_i,) each, or an empty list.
+        b: (out_i, rank_i) each.
+        scales: Factors.
+        blocksize: Values that share a constant.
+        quant_type: Of bitsandbytes.
+        inside: Whether the adapters are added inside the products.
+
+    Returns:
+        (T, out_i) for each weight.
+    """
+    per_weight = len(constants) // len(weights)
+    own = [constants[i * per_weight : (i + 1) * per_weight] for i in range(len(weights))]
+    added = [biases[i].to(x.dtype) if biases else None for i in range(len(weights))]
+    if inside:
+        return _products_inside(x, low, weights, own, added, b, scales, blocksize, quant_type)
+    outputs = []
+    for i, part in enumerate(low.split([each.shape[1] for each in b], 1)):
+        output = _base_product(x, weights[i], own[i], added[i], b[i].shape[0], blocksize, quant_type)
+        outputs.append(output.addmm_(part, b[i].to(x.dtype).t(), alpha=scales[i]))
+    return outputs
+
+
+def _products_inside(
+    x: Tensor,
+    low: Tensor,
+    weights: Sequence[Tensor],
+    constants: Sequence[Sequence[Tensor]],
+    biases: Sequence[Tensor | None],
+    b: Sequence[Tensor],
+    scales: Sequence[float],
+    blocksize: int,
+    quant_type: str,
+) -> list[Tensor]:
+    """Compute ``[x | low] [W_i | s_i B_i]^T``, each B in the columns of its own part of ``low``.
+
+    The weights follow one another in one buffer: a larger one for a single product of all would make the outputs parts
+    of one tensor, whose gradients autograd would first have to join.
+    """
+    x_and_low = torch.cat([x, low], 1)
+    columns = [x.shape[1], *(each.shape[1] for each in b)]
+    buffer = x.new_empty(max(each.shape[0] for each in b), sum(columns))
+    outputs = []
+    for i, bias in enumerate(biases):
+        rows = buffer[: b[i].shape[0]]
+        number, *adapters = rows.split(columns, 1)
+        dequantize_into(number, weights[i], constants[i], blocksize, quant_type)
+        if len(b) > 1:
+            rows[:, x.shape[1] :].zero_()
+        torch.mul(b[i], scales[i], out=adapters[i])
+        outputs.append(torch.nn.functional.linear(x_and_low, rows, bias))
+    return outputs
+
+
+def _base_product(
+    x: Tensor,
+    weight: Tensor,
+    constants: Sequence[Tensor],
+    bias: Tensor | None,
+    width: int,
+    blocksize: int,
+    quant_type: str,
+) -> Tensor:
+    if x.shape[0] > _FEW_TOKENS and is_fast(x, constants, blocksize, quant_type):
+        numbers = x.new_empty(width, x.shape[1])
+        dequantize_into(numbers, weight, constants, blocksize, quant_type)
+        return torch.nn.functional.linear(x, numbers, bias)
+    absmax, *second = constants
+    offset, absmax2, code2 = second or (None, None, None)
+    output: Tensor = torch.ops.bitsandbytes.gemm_4bit.default(
+        x,
+        weight.view(-1, 1),
+        [width, x.shape[1]],
+        absmax if absmax2 is None else absmax2,
+        blocksize,
+        quant_type,
+        bias=bias,
+        absmax_8bit=None if absmax2 is None else absmax,
+        absmax_code=code2,
+        absmax_offset=offset,
+    )
+    return output
+
+
+@_lora_products.register_fake
+def _(
+    x: Tensor,
+    low: Tensor,
+    shapes: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    constants: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scales: Sequence[float],
+    blocksize: int,
+    quant_type: str,
+    inside: bool,
+) -> list[Tensor]:
+    return [x.new_empty(x.shape[0], each.shape[0]) for each in b]
+
+
+def _count(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    ctx.counts = [len(each) for each in inputs[3:7]]
+    ctx.set_materialize_grads(False)
+
+
+def _hand_on(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    frozen = [[None] * count for count in ctx.counts]  # B's gradient too is formed where all are
+    return (None, None, list(gradients), *frozen, None, None, None, None)
+
+
+_lora_products.register_autograd(_hand_on, setup_context=_count)
