@@ -21,6 +21,7 @@ _MIB, _GIB = 2**20, 2**30
 _TITLE_WIDTH = 14
 
 _MOMENTS = {
+    "loading": "while the base is loaded",
     "forward": "in the forward pass",
     "head": "at the head and the loss",
     "backward": "in the backward pass",

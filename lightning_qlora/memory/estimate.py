@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from peft import PeftModel
 
-from lightning_qlora.accounting import Storage, count_storage, stored_bytes
+from lightning_qlora.accounting import Storage, count_storage, logical_numel, stored_bytes
 from lightning_qlora.kernels.checkpointing import MixedPlan
 from lightning_qlora.memory.layers import decoder_layers, layer_kinds, only_layers
 from lightning_qlora.memory.optimizer import OptimizerMemory
@@ -22,7 +22,7 @@ Sharding: TypeAlias = Literal["none", "ddp", "fsdp"]
 """What each rank holds: everything (``none``, one rank), everything and the buckets that gradients are exchanged in
 (``ddp``), or its share, with the layers at work whole (``fsdp``)."""
 
-Moment: TypeAlias = Literal["forward", "head", "backward", "optimizer"]
+Moment: TypeAlias = Literal["loading", "forward", "head", "backward", "optimizer"]
 
 _LEAST_SIMULATED_TOKENS = 2048  # above the positions of a chunk of the head, so that all grows linearly from here
 _LEAST_DOCUMENT = 64
@@ -37,6 +37,7 @@ class MemoryEstimate:
     Attributes:
         plan: What is kept between forward and backward.
         num_tokens: Tokens of the micro-batch.
+        loading: The most while the model is loaded, before anything is trained.
         weights: The frozen weights as they are stored, with the constants that dequantise them, and buffers.
         adapters: The trained parameters.
         gradients: Of the trained parameters; with DDP also the buckets that they are exchanged in.
@@ -52,6 +53,7 @@ class MemoryEstimate:
 
     plan: Plan | MixedPlan
     num_tokens: int
+    loading: int
     weights: int
     adapters: int
     gradients: int
@@ -99,7 +101,14 @@ class MemoryModel:
         frozen = sum(s.nbytes for s in self.storages if not s.trainable) + sum(b.nbytes for b in model.buffers())
         trained = sum(s.nbytes for s in self.storages if s.trainable)
         share = world_size if sharding == "fsdp" else 1
-        self.weights = _divide(frozen, share) + (_whole_units(model, share, frozen) if sharding == "fsdp" else 0)
+        constants = _constants(model) if sharding == "fsdp" else 0  # each rank has them all
+        divided = frozen - constants
+        self.weights = constants + _divide(divided, share)
+        self.weights += _whole_units(model, share, divided) if sharding == "fsdp" else 0
+        first = _while_loading(model, autocast or torch.float32, self._kinds)
+        whole = divided - first.cut if sharding == "fsdp" else frozen
+        cut = _divide(first.cut, share) if sharding == "fsdp" else 0
+        self.loading = constants + whole + cut + first.at_hand + trained
         self.adapters = _divide(trained, share)
         self.gradients = _divide(trained, share)
         self.buckets = trained if sharding == "ddp" else 0
@@ -143,10 +152,13 @@ class MemoryModel:
             "backward": max(of_a_layer + step.backward, self.gradients + first_layer),
             "optimizer": self.gradients + self.optimizer.scratch,
         }
-        moment = max(moments, key=lambda name: moments[name])
+        peaks: dict[Moment, int] = {name: held + nbytes for name, nbytes in moments.items()}
+        peaks["loading"] = self.loading
+        moment = max(peaks, key=lambda name: peaks[name])
         return MemoryEstimate(
             plan=plan,
             num_tokens=num_tokens,
+            loading=self.loading,
             weights=self.weights,
             adapters=self.adapters,
             gradients=self.gradients + self.buckets,
@@ -156,7 +168,7 @@ class MemoryModel:
             logits=max(0, step.head - step.kept),
             scratch=max(0, step.backward - step.kept),
             host=steps.host,
-            peak=held + moments[moment],
+            peak=peaks[moment],
             moment=moment,
         )
 
@@ -279,9 +291,30 @@ def _divide(nbytes: int, ranks: int) -> int:
     return -(nbytes // -ranks)
 
 
+def _constants(model: PeftModel) -> int:
+    """Bytes that dequantise 4-bit weights."""
+    return sum(stored_bytes(p) - p.nbytes for p in model.parameters())
+
+
+class _WhileLoading(NamedTuple):
+    """What sharding cuts up while a base is loaded, and what the weight under work takes, in bytes."""
+
+    cut: int
+    at_hand: int
+
+
+def _while_loading(model: PeftModel, dtype: torch.dtype, kinds: Sequence[Sequence[int]]) -> _WhileLoading:
+    """The first layer of each kind stays whole; a weight is read in ``dtype``, then a layer is tried out, gathered."""
+    layers = [[p for p in layer.parameters() if p.ndim > 1 and not p.requires_grad] for layer in decoder_layers(model)]
+    packed = [sum(p.nbytes for p in layer) for layer in layers]
+    first = {kind[0] for kind in kinds}
+    weight = max(logical_numel(p) * dtype.itemsize + p.nbytes for layer in layers for p in layer)
+    return _WhileLoading(sum(n for i, n in enumerate(packed) if i not in first), max(weight, *packed))
+
+
 def _whole_units(model: PeftModel, ranks: int, frozen: int) -> int:
     """What sharding by layers keeps whole besides a rank's share: embedding and head, and two layers."""
-    layers = [sum(stored_bytes(p) for p in layer.parameters()) for layer in decoder_layers(model)]
-    frozen_layers = sum(stored_bytes(p) for p in decoder_layers(model).parameters() if not p.requires_grad)
+    layers = [sum(p.nbytes for p in layer.parameters()) for layer in decoder_layers(model)]
+    frozen_layers = sum(p.nbytes for p in decoder_layers(model).parameters() if not p.requires_grad)
     whole = frozen - frozen_layers + sum(sorted(layers)[-2:])
     return whole - _divide(whole, ranks)

@@ -104,6 +104,7 @@ def test_ranks():
     assert fsdp.optimizer.state == -(alone.optimizer.state // -4)
     assert alone.weights / 4 < fsdp.weights < alone.weights
     assert fsdp.estimate(64).activations == alone.estimate(64).activations
+    assert fsdp.loading < alone.loading
 
 
 def test_the_fastest_plan_that_fits():
