@@ -35,8 +35,8 @@ def check_strategy(strategy: Strategy) -> None:
     """
     if isinstance(strategy, FSDPStrategy):
         raise MisconfigurationException(
-            "FSDPStrategy (FSDP1) flattens all weights of a layer into one tensor of one dtype, which packed 4-bit "
-            f"weights and float32 adapters are not. {_INSTEAD}"
+            "FSDPStrategy (FSDP1) flattens all weights of a layer into one tensor of one floating dtype; packed 4-bit "
+            f"weights are integers, norms have 16 bits, and adapters 32. {_INSTEAD}"
         )
     if isinstance(strategy, DeepSpeedStrategy):
         raise MisconfigurationException(_why_not_deepspeed(strategy))
@@ -68,10 +68,10 @@ def _why_not_deepspeed(strategy: DeepSpeedStrategy) -> str:
             "Write --trainer.strategy=fsdp_qlora, which parts 4-bit weights."
         )
     return (
-        f"DeepSpeedStrategy (ZeRO stage {stage}) divides, clips and applies gradients in an engine of its own, where "
-        "they cannot be divided by the tokens of the whole optimizer step before they are clipped: every step would be "
-        "wrong by the unevenness of its batches. Its stages 1 and 2 save the optimizer state of adapters only, which "
-        "is small. Write --trainer.strategy=ddp."
+        f"DeepSpeedStrategy (ZeRO stage {stage}) takes each gradient, as soon as it is computed, into an engine of its "
+        "own that clips and applies it. None is left to be divided by the tokens of the whole optimizer step before it "
+        "is clipped: a step would follow the sum of losses, not their mean. Stages 1 and 2 would save the optimizer "
+        "state of adapters only, which is small. Write --trainer.strategy=ddp."
     )
 
 

@@ -14,10 +14,16 @@ from lightning.pytorch.strategies import (
     StrategyRegistry,
 )
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from peft import LoraConfig
 from tiny_models import save_tiny_model
+from tiny_ranks import run_ranks
 from tiny_run import TinyData, tiny_module, tiny_trainer
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from lightning_qlora.model import attach_adapters, load_base_model, nf4
 from lightning_qlora.strategies import (
     FSDP2Strategy,
     QLoRADDPStrategy,
@@ -83,6 +89,33 @@ def test_every_other_strategy_is_refused_with_what_to_write_instead(strategy, re
     with pytest.raises(MisconfigurationException, match=reason) as raised:
         check_strategy(strategy)
     assert instead in str(raised.value)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the forked processes
+def test_fsdp1_cannot_hold_a_layer_of_qlora(tmp_path):
+    """What torch itself says, as packed bytes come and as if they were of the norms' dtype."""
+    base = save_tiny_model(tmp_path / "base", num_hidden_layers=1)
+
+    def wrap(storage):
+        options = nf4(torch.bfloat16)
+        options.bnb_4bit_quant_storage = storage
+        lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = attach_adapters(load_base_model(base, quantization=options, dtype=torch.bfloat16), lora)
+        policy = ModuleWrapPolicy({LlamaDecoderLayer})
+        try:
+            FullyShardedDataParallel(
+                model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu")
+            )
+        except ValueError as error:
+            return str(error)
+
+    def run():
+        torch.distributed.init_process_group("gloo")
+        return [wrap(torch.uint8), wrap(torch.bfloat16)]
+
+    for packed, floating in run_ranks(tmp_path / "ranks", run):
+        assert "integer dtype" in packed
+        assert "uniform dtype but got torch.bfloat16 and torch.float32" in floating
 
 
 def test_a_module_refuses_before_it_loads_anything(tmp_path):
