@@ -347,7 +347,9 @@ def test_the_other_rank_does_not_outlive_a_killed_one(base, tmp_path, rank):
     assert first[rank]["code"] == -signal.SIGKILL
     assert first[1 - rank]["code"] not in (0, None)
     second = two_ranks(base, tmp_path / "run", name="second", ckpt_path="last", seed=9)
-    assert second[0]["rows"] == calm[0]["rows"][4:]
+    done = len(calm[0]["rows"]) - len(second[0]["rows"])
+    assert done in (2, 4)  # a kill may come before the second checkpoint is published in the background
+    assert second[0]["rows"] == calm[0]["rows"][done:]
     for rank in (0, 1):
         assert_equal(*(torch.load(tmp_path / name / f"{rank}.pt") for name in ("calm/calm", "run/second")))
 
