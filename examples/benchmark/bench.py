@@ -266,7 +266,8 @@ def gate(options: argparse.Namespace) -> dict[str, Any]:
     module.configure_model()
     if options.compile_layers:  # fit does so once it has chosen a plan
         base = module.model.get_base_model()
-        compile_decoder(base, checkpointed_layers(base), module.layer_plan or "full", dtype=base.dtype)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        compile_decoder(base, checkpointed_layers(base), module.layer_plan or "full", dtype=dtype)
     autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
     with autocast:
         loss = module.token_loss(batch)

@@ -54,7 +54,7 @@ MEASUREMENTS = [
         "chat2k_pack --plan none --compile_layers", "full2k --plan full --compile_layers",
     )),
     Measurement("floor", "floor.py"),
-    Measurement("floor", "kernels.py"),
+    Measurement("floor", "kernel_speed.py"),
     Measurement("speed", "peers.py make CHECKPOINT"),
     *_speed(),
     *(Measurement("variants", f"{_RUN} {each}") for each in (
@@ -91,9 +91,11 @@ def measure(command: str, options: argparse.Namespace) -> dict[str, object]:
     except subprocess.TimeoutExpired:
         return {"failed": f"more than {options.timeout_s} s"}
     lines = done.stdout.strip().splitlines()
-    if done.returncode and not lines:
+    if not lines or (done.returncode and not lines[-1].startswith("{")):
         return {"failed": done.returncode, "stderr": done.stderr.strip().splitlines()[-6:]}
-    return dict(json.loads(lines[-1])) | ({"failed": done.returncode} if done.returncode else {})
+    if lines[-1].startswith("{"):
+        return dict(json.loads(lines[-1])) | ({"failed": done.returncode} if done.returncode else {})
+    return {"markdown": done.stdout}
 
 
 def run(options: argparse.Namespace) -> int:

@@ -113,6 +113,12 @@ def contexts(records: list[Record]) -> list[str]:
     return ["## The longest document, alone in its batch", "", *_table(head, rows)] if rows else []
 
 
+def kernels(records: list[Record]) -> list[str]:
+    """Show what kernel_speed.py drew."""
+    drawn = [r["markdown"].strip() for r in records if "markdown" in r and "failed" not in r]
+    return ["## Kernels one by one", "", *drawn, ""] if drawn else []
+
+
 def failures(records: list[Record]) -> list[str]:
     """List what did not run."""
     rows = [[f"`{r['command']}`", str(r.get("stderr", r["failed"]))[-160:].replace("|", "/")]
@@ -197,7 +203,7 @@ def render(records: list[Record], folder: Path) -> str:
     if floor is not None:
         lines += [f"The floor (products, dequantisation and attention alone): {floor['tok_s_full']:,} tokens/s with "
                   f"recomputation, {floor['tok_s_none']:,} without.", ""]  # fmt: skip
-    for part in (speed(records, floor), gates(records), contexts(records), variants(records)):
+    for part in (speed(records, floor), gates(records), contexts(records), variants(records), kernels(records)):
         lines += part
     return "\n".join([*lines, *draw(records, floor, folder), *failures(records)]).rstrip() + "\n"
 

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import json
 import shlex
+import subprocess
 import sys
 
 import pytest
@@ -27,8 +28,7 @@ def report(benchmark_scripts):
 def test_every_command_is_one_that_its_script_takes(everything):
     for each in everything.MEASUREMENTS:
         script, *words = shlex.split(each.command)
-        if script != "kernels.py":
-            importlib.import_module(script.removesuffix(".py")).parse([*words, *EXTRA])
+        importlib.import_module(script.removesuffix(".py")).parse([*words, *EXTRA])
     commands = [each.command for each in everything.MEASUREMENTS]
     assert len(commands) == len(set(commands))
     assert commands.index("peers.py make CHECKPOINT") < min(i for i, c in enumerate(commands) if "peers.py run" in c)
@@ -58,6 +58,20 @@ def test_a_run_goes_on_where_it_stopped_and_after_a_failure(everything, monkeypa
     asked += ["", "", ""]
     assert everything.run(everything.parse(arguments)) == 0
     assert asked[3:] == failed != []
+
+
+def test_what_a_script_prints_is_kept(everything, monkeypatch, tmp_path):
+    options = everything.parse(["--out", str(tmp_path / "r.jsonl")])
+
+    def ran(returncode, stdout):
+        done = subprocess.CompletedProcess([], returncode, stdout, "one\ntwo")
+        monkeypatch.setattr(everything.subprocess, "run", lambda *_, **__: done)
+        return everything.measure("floor.py", options)
+
+    assert ran(0, 'noise\n{"tok_s": 1}\n') == {"tok_s": 1}
+    assert ran(1, '{"passed": false}') == {"passed": False, "failed": 1}
+    assert ran(0, "| a |\n") == {"markdown": "| a |\n"}
+    assert ran(2, "half a table\n") == ran(2, "") == {"failed": 2, "stderr": ["one", "two"]}
 
 
 @pytest.mark.filterwarnings("ignore")  # the peer's own
@@ -110,6 +124,7 @@ def test_the_page_shows_medians_ratios_and_failures(report, tmp_path):
         {**own, "command": "bench.py run full2k --plan full --rows 8", "plan": "full", "round": 0, "tok_s": 95,
          "tokens_per_step": 16384, "group": "growth"},
         {**peer, "tok_s": 100},
+        {"command": "kernel_speed.py", "group": "floor", "round": 0, "markdown": "| Q, K, V | 1.0 |\n"},
         {**floor, **parts},
         {"command": "bench.py gate full2k --plan offload", "group": "gates", "round": 0, "failed": 1, "stderr": ["no"]},
     ]  # fmt: skip
@@ -120,6 +135,7 @@ def test_the_page_shows_medians_ratios_and_failures(report, tmp_path):
     assert "| 4 x 2,048 tokens | none | lightning_qlora | 150 | 5 | 30.00 | 1.50 x | 75% |" in page
     assert "| 4 x 2,048 tokens | none | unsloth | 100 | 4 | 35.00 |  | 50% |" in page
     assert "| `bench.py gate full2k --plan offload` | ['no'] |" in page
+    assert "## Kernels one by one\n\n| Q, K, V | 1.0 |" in page
     for plot in ("tokens", "breakdown"):
         assert f"(results_{plot}.svg)" in page
         assert "<svg" in (tmp_path / f"results_{plot}.svg").read_text()

@@ -1,7 +1,7 @@
 """The kernels of fused LoRA, one by one, beside bitsandbytes' and beside the bare products.
 
-    python examples/benchmark/kernels.py                                         # a GPU, about a minute
-    python examples/benchmark/kernels.py --device cpu --shape tiny --tokens 96   # proves every path
+    python examples/benchmark/kernel_speed.py                                         # a GPU, about a minute
+    python examples/benchmark/kernel_speed.py --device cpu --shape tiny --tokens 96   # proves every path
 
 Prints Markdown: how fast 4-bit weights are dequantised, and what each group of projections of a decoder layer takes,
 forward and backward, with the adapters added after the base products (``after``) and inside them (``inside``), beside

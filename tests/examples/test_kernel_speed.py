@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-SCRIPT = Path(__file__).parents[2] / "examples/benchmark/kernels.py"
+SCRIPT = Path(__file__).parents[2] / "examples/benchmark/kernel_speed.py"
 TINY = ["--device", "cpu", "--shape", "tiny", "--tokens", "40", "--rank", "8", "--repeats", "2"]
 
 
@@ -20,7 +20,7 @@ def kernels(monkeypatch):
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(sys, "argv", ["kernels.py", *TINY])
+    monkeypatch.setattr(sys, "argv", ["kernel_speed.py", *TINY])
     return module
 
 
