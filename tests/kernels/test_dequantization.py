@@ -152,6 +152,19 @@ def test_a_kernel_is_trusted_that_writes_what_bitsandbytes_does(checked, interpr
     assert not caplog.records
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo asks every input for it
+def test_compiled_code_takes_the_answer_as_it_is(checked):
+    assert checked(right)
+
+    def ask(x):
+        trusted = dequantization.has_kernel(x.device, x.dtype, 64, "nf4", True)
+        return x + 1 if trusted else x
+
+    x = torch.zeros(3)
+    assert torch.equal(torch.compile(ask, backend="eager", fullgraph=True)(x), x + 1)
+    torch._dynamo.reset()
+
+
 def wrong(out, *arguments):
     right(out, *arguments)
     out[-1, -1] *= 1 + 2**-20
