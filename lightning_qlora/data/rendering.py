@@ -24,7 +24,7 @@ from lightning_qlora.data.control_tokens import ControlTokens, Match
 from lightning_qlora.data.template_environment import compile_template
 from lightning_qlora.schema import ROLES, Message, Origin, RowRefused
 
-__all__ = ["Dialogue", "Rendered", "Renderer", "check_characters", "check_messages"]
+__all__ = ["Answer", "Dialogue", "Rendered", "Renderer", "check_characters", "check_messages"]
 
 MAX_SKELETONS = 4096
 
@@ -50,27 +50,36 @@ class Dialogue(NamedTuple):
 
 
 class Rendered(NamedTuple):
-    """A rendered chat.
+    """A rendered chat: a skeleton filled with words.
 
     Attributes:
         text: What the template wrote.
-        spans: Where the row's strings stand in it, in order.
-        sources: Where each marked string came from.
+        skeleton: What it writes around the words of the row.
+        starts: Where each gap of the skeleton begins in the text; a word ends there, except before the first.
         controls: The control tokens that the template wrote (and the markers that an assistant may write).
     """
 
     text: str
-    spans: list[Span]
-    sources: list[Source]
+    skeleton: Skeleton
+    starts: list[int]
     controls: list[Match]
+
+    @property
+    def spans(self) -> list[Span]:
+        """Where the row's strings stand in the text, in order."""
+        gaps, marks = self.skeleton.gaps, self.skeleton.marks
+        return [
+            Span(start + len(gap), end, mark)
+            for start, gap, end, mark in zip(self.starts[:-1], gaps[:-1], self.starts[1:], marks, strict=True)
+        ]
 
     def owner(self, span: int) -> int:
         """The index of the message that span number ``span`` belongs to."""
-        return self.sources[self.spans[span].mark].owner
+        return self.skeleton.sources[self.skeleton.marks[span]].owner
 
     def kind(self, span: int) -> Kind:
         """What span number ``span`` is in that message."""
-        return self.sources[self.spans[span].mark].kind
+        return self.skeleton.sources[self.skeleton.marks[span]].kind
 
     def is_of(self, span: int, index: int) -> bool:
         """Whether span number ``span`` belongs to message ``index``, or to no message because it is but a name."""
@@ -89,6 +98,24 @@ class Shape(NamedTuple):
     words: list[str]
 
 
+class Answer(NamedTuple):
+    """An assistant's turn in a skeleton, and so in every chat of its shape.
+
+    Attributes:
+        gap: The gap in which its supervised characters begin.
+        offset: How many characters of the gap stand before them.
+        stop: Index of the control token that ends it among those of the skeleton.
+        mode: The variables that make the template write the prompt to this turn, besides the run's.
+        prompt_ids: What the tokens before the turn must end with; ``None`` when it takes the whole prompt to tell.
+    """
+
+    gap: int
+    offset: int
+    stop: int
+    mode: dict[str, Any]
+    prompt_ids: list[int] | None
+
+
 class Skeleton(NamedTuple):
     """What a template writes around the words of chats of one shape.
 
@@ -97,28 +124,28 @@ class Skeleton(NamedTuple):
         controls: The control tokens in each gap.
         marks: Which of the row's strings stands behind each gap but the last.
         sources: Where the strings come from.
+        answers: The turns that were found in it so far, by the index of their message.
     """
 
     gaps: list[str]
     controls: list[tuple[Match, ...]]
     marks: list[int]
     sources: list[Source]
+    answers: dict[int, Answer]
 
     def fill(self, words: Sequence[str]) -> Rendered:
         """Put words into the gaps, one for each mark."""
         pieces: list[str] = []
-        spans: list[Span] = []
+        starts: list[int] = []
         controls: list[Match] = []
         position = 0
-        for gap, matches, mark, word in zip(self.gaps, self.controls, [*self.marks, None], [*words, ""], strict=True):
-            if matches:
-                controls += [Match(position + start, position + end, token_id) for start, end, token_id in matches]
-            position += len(gap)
+        for gap, matches, word in zip(self.gaps, self.controls, [*words, ""], strict=True):
+            starts.append(position)
+            for start, end, token_id in matches:
+                controls.append(Match(position + start, position + end, token_id))
             pieces += (gap, word)
-            if mark is not None:
-                spans.append(Span(position, position + len(word), mark))
-                position += len(word)
-        return Rendered("".join(pieces), spans, self.sources, controls)
+            position += len(gap) + len(word)
+        return Rendered("".join(pieces), self, starts, controls)
 
 
 class Renderer:
@@ -221,9 +248,8 @@ class Renderer:
     def _skeleton(self, text: str, spans: Sequence[Span], sources: list[Source]) -> Skeleton:
         starts, ends = [0, *(span.end for span in spans)], [*(span.start for span in spans), len(text)]
         gaps = [text[start:end] for start, end in zip(starts, ends, strict=True)]
-        return Skeleton(
-            gaps, [self._control_tokens.matches(gap) for gap in gaps], [span.mark for span in spans], sources
-        )
+        controls = [self._control_tokens.matches(gap) for gap in gaps]
+        return Skeleton(gaps, controls, [span.mark for span in spans], sources, {})
 
     def _remember(self, key: tuple[Any, ...], skeleton: Skeleton) -> None:
         if len(self._skeletons) >= MAX_SKELETONS:

@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from lightning_qlora.data.control_tokens import ControlTokens
-from lightning_qlora.data.rendering import Dialogue, Rendered, Renderer
+from lightning_qlora.data.rendering import Answer, Dialogue, Rendered, Renderer
 from lightning_qlora.schema import Message, Origin, RowRefused
 
 __all__ = ["Turn", "Turns", "check_rendered", "other_prompt"]
@@ -105,11 +105,22 @@ class Turns:
         Raises:
             RowRefused: ``empty-answer``; ``content-altered`` when the turn is not in one piece.
         """
+        answers = rendered.skeleton.answers
+        if index not in answers:
+            found = self._find_answer(dialogue, rendered, index)
+            if isinstance(found, RowRefused):
+                return found
+            answers[index] = found
+        gap, offset, stop, mode, prompt_ids = answers[index]
+        return Turn(index, rendered.starts[gap] + offset, stop, mode, prompt_ids)
+
+    def _find_answer(self, dialogue: Dialogue, rendered: Rendered, index: int) -> Answer | RowRefused:
+        """Find a turn in a skeleton by one chat of its shape: the template writes it so in all of them."""
         text, spans = rendered.text, rendered.spans
         first, last = self._own_spans(dialogue, rendered, index)
         before = [number for number in range(first) if rendered.kind(number) != "label"]
-        begin = spans[before[-1]].end if before else 0
-        border = self._border(dialogue, rendered, index, begin, spans[first].start)
+        gap = before[-1] + 1 if before else 0
+        border = self._border(dialogue, rendered, index, rendered.starts[gap], spans[first].start)
         if border is None:
             return other_prompt(dialogue.origin, index)
         others = (
@@ -119,19 +130,20 @@ class Turns:
         stop = self._end(rendered, spans[last].end, next(others, len(text)), stops)
         if stop is None:
             return self._no_end_token(dialogue.origin, index, stops)
-        return Turn(index, begin + border.length, stop, border.mode, border.prompt_ids)
+        return Answer(gap, border.length, stop, border.mode, border.prompt_ids)
 
     def _own_spans(self, dialogue: Dialogue, rendered: Rendered, index: int) -> tuple[int, int]:
         """The spans by which a message begins, and by which all of it has been written.
 
         What comes later is an echo: templates repeat the name of the called function above its result.
         """
-        own = [number for number in range(len(rendered.spans)) if rendered.owner(number) == index]
+        marks = rendered.skeleton.marks
+        own = [number for number in range(len(marks)) if rendered.owner(number) == index]
         if not own:
             raise RowRefused("empty-answer", f"Message {index} (assistant) says nothing.", dialogue.origin)
-        missing = {rendered.spans[number].mark for number in own}
-        for number in range(own[0], len(rendered.spans)):
-            mark = rendered.spans[number].mark
+        missing = {marks[number] for number in own}
+        for number in range(own[0], len(marks)):
+            mark = marks[number]
             if not rendered.is_of(number, index) or (rendered.kind(number) in TEXT and mark not in missing):
                 break
             missing.discard(mark)
@@ -272,7 +284,8 @@ class Turns:
             first, last = self._own_spans(dialogue, rendered, 1)
         except RowRefused:
             return set()
-        start, end = rendered.spans[first].end, rendered.spans[last].end
+        spans = rendered.spans
+        start, end = spans[first].end, spans[last].end
         self.control_token_ids |= {match.token_id for match in rendered.controls}
         self._inner_ids |= {match.token_id for match in rendered.controls if start <= match.start < end}
         after = (match.token_id for match in rendered.controls if match.start >= end)
@@ -285,9 +298,9 @@ def _call(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def check_rendered(dialogue: Dialogue, rendered: Rendered) -> dict[int, RowRefused]:
     """Refuse a row of which the template leaves something out; return the turns whose reasoning it drops."""
-    present = {span.mark for span in rendered.spans}
+    sources, present = rendered.skeleton.sources, set(rendered.skeleton.marks)
     dropped: dict[int, RowRefused] = {}
-    for mark, (owner, kind) in enumerate(rendered.sources):
+    for mark, (owner, kind) in enumerate(sources):
         if mark in present or kind in ("label", "variable", "tools"):
             continue
         if kind != "reasoning":
@@ -302,7 +315,7 @@ def check_rendered(dialogue: Dialogue, rendered: Rendered) -> dict[int, RowRefus
             f"The chat template leaves out the reasoning of message {owner}.",
             dialogue.origin,
         )
-    if dialogue.tools and not any(rendered.sources[mark].kind == "tools" for mark in present):
+    if dialogue.tools and not any(sources[mark].kind == "tools" for mark in present):
         raise RowRefused(
             "tools-not-rendered", "The row offers tools, which the chat template does not write.", dialogue.origin
         )
