@@ -274,3 +274,16 @@ def test_notes_say_what_a_template_does_to_ordinary_chats():
 def test_supervise_is_checked():
     with pytest.raises(ValueError, match="supervise is 'first'; allowed: all, last"):
         ChatTemplate(tiny_tokenizer(), supervise="first")
+
+
+@pytest.mark.parametrize("style", FAMILIES)
+def test_a_turn_found_in_one_chat_is_found_as_exactly_in_others_of_its_shape(style):
+    answers = ("Hello!", "A much longer answer, in several words.", "é", "So <|im_end|> is written.")
+    rows = [
+        chat(ASK, replace(TELL, content=first, train=train), AGAIN, replace(BYE, content=last))
+        for first, last, train in zip(answers, reversed(answers), (None, False, True, None), strict=True)
+    ]
+    together = template_of(style).encode_batch(rows)
+    alone = [template_of(style).encode_batch([row])[0] for row in rows]
+    assert [(type(row), str(row)) for row in together] == [(type(row), str(row)) for row in alone]
+    assert any(isinstance(row, TokenizedRow) for row in together)
