@@ -2,8 +2,8 @@
 
 A packed batch is one flat row of documents. transformers' own SDPA path isolates them with a dense L x L mask, whose
 size grows with the square of the batch; this one attends document by document and needs none: on GPUs all in one call
-of torch's varlen flash attention, elsewhere one after the other. It is exact: every document sees what it would see
-alone. Without packing it is ordinary scaled dot-product attention.
+of torch's varlen flash attention, or of FlexAttention for what that does not compute, elsewhere one after the other. It
+is exact: every document sees what it would see alone. Without packing it is ordinary scaled dot-product attention.
 
 Answers to one prompt may share it: then the second is a branch, whose tokens see the prompt and the branch itself, but
 not the first answer::
@@ -21,6 +21,7 @@ not the first answer::
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,9 +29,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from lightning_qlora.kernels.flex import attend_with_flex, block_mask
 from lightning_qlora.kernels.varlen import (
     attend_documents,
     attend_in_graph,
@@ -83,6 +86,13 @@ class PackedDocuments:
         self.starts = starts
         self.longest = max(self.lengths)
         self.padded = padded_tokens(self.lengths)
+        self._masks: dict[int | None, BlockMask] = {}
+
+    def block_mask(self, window: int | None, device: torch.device) -> BlockMask:
+        """Return FlexAttention's mask, which is made once for all layers with this window."""
+        if window not in self._masks:
+            self._masks[window] = block_mask(self.lengths, self.shared_prompts, window, device)
+        return self._masks[window]
 
 
 def document_attention(
@@ -126,6 +136,11 @@ def document_attention(
         fast = attend_documents(query, key, value, starts, longest, padded, scaling, sliding_window)
         if fast is not None:
             return fast, None
+    if _on_gpu(query) and not dropout:
+        dtype, masks = product_dtype(query), functools.partial(documents.block_mask, device=query.device)
+        flexible = attend_with_flex(query, key, value, masks, dtype, scaling, sliding_window, softcap)
+        if flexible is not None:
+            return flexible, None
     outputs = []
     lengths = list(documents.lengths)
     parts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
@@ -173,6 +188,10 @@ def _graph_attention(
     dtype = product_dtype(query)
     found = attend_in_graph(query, key, value, documents.starts, documents.longest, dtype, scaling, sliding_window)
     return found, None
+
+
+def _on_gpu(tensor: Tensor) -> bool:
+    return tensor.is_cuda
 
 
 def _attend(

@@ -8,7 +8,6 @@ arithmetic, forward and backward, on a small random batch; a kernel that fails i
 from __future__ import annotations
 
 import inspect
-import threading
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
@@ -16,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
+
+from lightning_qlora.kernels.self_check import CHECK_WINDOW, Attend, AttentionCase, find_fault
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -37,10 +38,6 @@ _INDEX_LIMIT = 2**31  # the backward pass counts elements of its padded buffer i
 _PADDING = 128  # of each document in that buffer, in tokens
 _DTYPES = (torch.bfloat16, torch.float16)
 _LARGEST_HEAD = 256
-_TOLERANCE = 2e-2  # relative to the norm; bfloat16 keeps 8 bits
-
-_CHECK_LENGTHS = (5, 64, 1, 131)
-_CHECK_WINDOW = 17
 
 
 class _Kind(NamedTuple):
@@ -197,61 +194,23 @@ def _is_trusted(kind: _Kind) -> bool:
         return True
     if kind.windowed and not _knows("window_size"):
         return False
-    error = _in_clean_thread(kind)
+    case = _case(kind)
+    error = find_fault(_attend_check(case), case)
     if error is not None:
         _say_once(
             f"torch's varlen attention is not used on {kind.device} for {kind.dtype}, head_dim {kind.head_dim}"
-            f"{', sliding window' if kind.windowed else ''}: {error}. Documents are attended one by one."
+            f"{', sliding window' if kind.windowed else ''}: {error}. It is done another way."
         )
     return error is None
 
 
-def _in_clean_thread(kind: _Kind) -> str | None:
-    """Compare in a thread of its own: autocast, hooks and dispatch modes of the step under way do not reach there."""
-    found: list[str | None] = []
-    thread = threading.Thread(target=lambda: found.append(_compare(kind)))
-    thread.start()
-    thread.join()
-    return found[0] if found else "the comparison failed"
+def _case(kind: _Kind) -> AttentionCase:
+    return AttentionCase(*kind[:-1], window=CHECK_WINDOW if kind.windowed else None)
 
 
-def _compare(kind: _Kind) -> str | None:
-    """Return what is wrong with the kernel, or ``None``."""
-    generator = torch.Generator().manual_seed(0)
-    total, heads = sum(_CHECK_LENGTHS), (kind.num_heads, kind.num_key_heads, kind.num_key_heads)
-    inputs = [torch.randn(total, n, kind.head_dim, generator=generator).to(kind.dtype) for n in heads]
-    weights = torch.randn(total, kind.num_heads, kind.head_dim, generator=generator).to(kind.dtype)
-    window = _CHECK_WINDOW if kind.windowed else None
-    offsets = document_offsets(_CHECK_LENGTHS, kind.device)
-    scaling = 0.7 * kind.head_dim**-0.5
-    try:
-        fast = [x.to(kind.device).requires_grad_() for x in inputs]
-        output = _call(fast[0], fast[1], fast[2], offsets, max(_CHECK_LENGTHS), scaling, window)
-        gradients = torch.autograd.grad(output, fast, weights.to(kind.device))
-        found = [x.double().cpu() for x in (output.detach(), *gradients)]
-    except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
-        return (str(error).strip().splitlines() or [type(error).__name__])[0]
-    plain = [x.double().requires_grad_() for x in inputs]
-    expected = _plain_attention(plain[0], plain[1], plain[2], scaling, window)
-    references = [expected.detach(), *torch.autograd.grad(expected, plain, weights.double())]
-    for name, one, two in zip(("output", "dQ", "dK", "dV"), found, references, strict=True):
-        distance = float((one - two).norm() / two.norm())
-        if not distance <= _TOLERANCE:  # NaN never passes
-            return f"its {name} is off by {distance:.2g} of its norm"
-    return None
-
-
-def _plain_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
-    """Attend under a mask over all documents of the check, by plain operators."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    document = torch.repeat_interleave(torch.arange(len(_CHECK_LENGTHS)), torch.tensor(_CHECK_LENGTHS))
-    position = torch.arange(len(document))
-    distance = position[:, None] - position[None, :]
-    allowed = (document[:, None] == document[None, :]) & (distance >= 0) & (distance < (window or len(document)))
-    scores = torch.einsum("qhd,khd->hqk", query, key) * scaling
-    weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
-    return torch.einsum("hqk,khd->qhd", weights, value)
+def _attend_check(case: AttentionCase) -> Attend:
+    offsets = document_offsets(case.lengths, case.device)
+    return lambda query, key, value, scaling: _call(query, key, value, offsets, max(case.lengths), scaling, case.window)
 
 
 @cache

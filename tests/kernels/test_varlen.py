@@ -10,7 +10,7 @@ from tiny_models import tiny_config
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from lightning_qlora.kernels import varlen
+from lightning_qlora.kernels import self_check, varlen
 from lightning_qlora.kernels.attention import (
     PackedDocuments,
     document_attention,
@@ -110,7 +110,7 @@ def attend(inputs, **options):
 
 def step_calls(kernel):
     """Calls but for those of the comparison."""
-    return [call for call in kernel.calls if call[0] != list(varlen._CHECK_LENGTHS)]
+    return [call for call in kernel.calls if call[0] != list(self_check.CHECK_LENGTHS)]
 
 
 @pytest.mark.parametrize("options", [{}, {"scaling": 0.3}, {"sliding_window": 5}, {"sliding_window": 20}])
@@ -251,4 +251,5 @@ def test_the_installed_signature_is_one_that_is_known():
 @pytest.mark.parametrize("shape", [(32, 8, 128), (4, 4, 64), (8, 4, 256)])
 def test_the_kernel_itself_passes_the_comparison(shape, dtype, window):
     kind = varlen._Kind(torch.device("cuda", 0), dtype, *shape, window is not None)
-    assert varlen._compare(kind) is None
+    case = varlen._case(kind)
+    assert self_check.compare_attention(varlen._attend_check(case), case) is None

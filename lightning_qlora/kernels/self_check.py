@@ -1,0 +1,104 @@
+"""Whether an attention kernel computes what plain arithmetic does, forward and backward, on a small random batch."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["CHECK_LENGTHS", "CHECK_WINDOW", "Attend", "AttentionCase", "compare_attention", "find_fault"]
+
+CHECK_LENGTHS = (5, 64, 1, 131)
+CHECK_WINDOW = 17
+_TOLERANCE = 2e-2  # relative to the norm; bfloat16 keeps 8 bits
+
+
+class AttentionCase(NamedTuple):
+    """What to check.
+
+    Attributes:
+        device: Where.
+        dtype: Of the inputs.
+        num_heads: Of the queries.
+        num_key_heads: Of keys and values.
+        head_dim: Of all.
+        lengths: Of the documents.
+        shared_prompts: As of :class:`~lightning_qlora.kernels.attention.PackedDocuments`.
+        window: How many positions a token sees, itself included.
+        softcap: Bound of the scores.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    num_heads: int
+    num_key_heads: int
+    head_dim: int
+    lengths: Sequence[int] = CHECK_LENGTHS
+    shared_prompts: Sequence[int] | None = None
+    window: int | None = None
+    softcap: float | None = None
+
+
+Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+"""From (T, heads, head_dim) queries, keys, values and the factor on the scores to an output like the queries."""
+
+
+def find_fault(attend: Attend, case: AttentionCase) -> str | None:
+    """Compare in a thread of its own: autocast, hooks and dispatch modes of the step under way do not reach there."""
+    found: list[str | None] = []
+    thread = threading.Thread(target=lambda: found.append(compare_attention(attend, case)))
+    thread.start()
+    thread.join()
+    return found[0] if found else "the comparison failed"
+
+
+def compare_attention(attend: Attend, case: AttentionCase) -> str | None:
+    """Return what is wrong with a kernel, or ``None``."""
+    generator = torch.Generator().manual_seed(0)
+    total, heads = sum(case.lengths), (case.num_heads, case.num_key_heads, case.num_key_heads)
+    inputs = [torch.randn(total, n, case.head_dim, generator=generator).to(case.dtype) for n in heads]
+    weights = torch.randn(total, case.num_heads, case.head_dim, generator=generator).to(case.dtype)
+    scaling = 0.7 * case.head_dim**-0.5
+    try:
+        fast = [x.to(case.device).requires_grad_() for x in inputs]
+        output = attend(fast[0], fast[1], fast[2], scaling)
+        gradients = torch.autograd.grad(output, fast, weights.to(case.device))
+        found = [x.double().cpu() for x in (output.detach(), *gradients)]
+    except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    plain = [x.double().requires_grad_() for x in inputs]
+    expected = _plain_attention(plain[0], plain[1], plain[2], scaling, case)
+    references = [expected.detach(), *torch.autograd.grad(expected, plain, weights.double())]
+    for name, one, two in zip(("output", "dQ", "dK", "dV"), found, references, strict=True):
+        distance = float((one - two).norm() / two.norm())
+        if not distance <= _TOLERANCE:  # NaN never passes
+            return f"its {name} is off by {distance:.2g} of its norm"
+    return None
+
+
+def _plain_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, case: AttentionCase) -> Tensor:
+    """Attend under a mask over all documents, by plain operators."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = torch.einsum("qhd,khd->hqk", query, key) * scaling
+    if case.softcap is not None:
+        scores = case.softcap * torch.tanh(scores / case.softcap)
+    weights = scores.masked_fill(~_allowed(case), -torch.inf).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", weights, value)
+
+
+def _allowed(case: AttentionCase) -> Tensor:
+    """(T, T) bool, query by query: the last positions of the text that it ends."""
+    allowed = torch.zeros(sum(case.lengths), sum(case.lengths), dtype=torch.bool)
+    start, trunk = 0, 0
+    for length, shared in zip(case.lengths, case.shared_prompts or [0] * len(case.lengths), strict=True):
+        trunk = trunk if shared else start
+        text = [*range(trunk, trunk + shared), *range(start, start + length)]
+        for last in range(shared, len(text)):
+            first = 0 if case.window is None else max(0, last + 1 - case.window)
+            allowed[text[last], text[first : last + 1]] = True
+        start += length
+    return allowed
