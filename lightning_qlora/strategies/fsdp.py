@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import PeftModel
 from torch.distributed.constants import default_pg_timeout
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from typing_extensions import override
 
@@ -43,7 +44,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     kind, and the weight at hand in 16 bits.
 
     Args:
-        cpu_offload: Keep the parts, their gradients and the optimizer state in host memory.
+        cpu_offload: Keep the parts, their gradients and the optimizer state in host memory, from the loading on.
         save_distributed_checkpoint: One file a rank instead of one; those resume under this strategy only.
         process_group_backend: Of torch.distributed; null chooses by device.
         timeout: Of torch.distributed's operations.
@@ -71,11 +72,14 @@ class FSDP2Strategy(ModelParallelStrategy):
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
+    @property
+    def _offloads_from_gpu(self) -> bool:
+        return self.cpu_offload and self.root_device.type == "cuda"
+
     @override
     def _get_process_group_backend(self) -> str:
-        # Offloaded gradients are clipped on the host, over the ranks.
-        offloads_from_gpu = self.cpu_offload and self.root_device.type == "cuda"
-        chosen = self._process_group_backend or ("cpu:gloo,cuda:nccl" if offloads_from_gpu else None)
+        # Parts that are kept on the host are gathered there for PEFT, and their gradients clipped over the ranks.
+        chosen = self._process_group_backend or ("cpu:gloo,cuda:nccl" if self._offloads_from_gpu else None)
         return chosen or super()._get_process_group_backend()
 
     # ShardsModel
@@ -86,7 +90,10 @@ class FSDP2Strategy(ModelParallelStrategy):
         own = capture_random_state()
         first = self.broadcast(own)
         restore_random_state(first)
-        with ShardedLoad(self.device_mesh["data_parallel"]).watching():
+        mesh = self.device_mesh["data_parallel"]
+        if self._offloads_from_gpu:
+            mesh = init_device_mesh("cpu", (mesh.size(),))
+        with ShardedLoad(mesh, self.root_device).watching():
             yield
         if not torch.equal(own["torch"], first["torch"]):  # seeded rank by rank, for dropout of its own
             restore_random_state(own)

@@ -43,11 +43,13 @@ class ShardedLoad:
     reads (their device always, their values for DoRA, PiSSA and others, of which some change them).
 
     Args:
-        mesh: Of the ranks that share the base, in one dimension.
+        mesh: Of the ranks that share the base, in one dimension, with the kind of device where parts are kept.
+        device: Where this rank computes.
     """
 
-    def __init__(self, mesh: DeviceMesh) -> None:
+    def __init__(self, mesh: DeviceMesh, device: torch.device) -> None:
         self._mesh = mesh
+        self._device = device
         self._parents: weakref.WeakKeyDictionary[nn.Module, nn.Module] = weakref.WeakKeyDictionary()
         self._stays_whole: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
         self._kinds: set[Any] = set()
@@ -93,11 +95,11 @@ class ShardedLoad:
             return
         for place in self._of_wrapped:  # anew, since PEFT may have changed them
             place.module._parameters[place.name] = self._cut(place.parameter)
-        self._wrapped, self._of_wrapped = wrapped, _gather(wrapped)
+        self._wrapped, self._of_wrapped = wrapped, _gather(wrapped, self._device)
 
     def _before_forward(self, module: nn.Module, inputs: Any) -> None:
         if isinstance(module, GradientCheckpointingLayer):
-            self._of_running[module] = _gather(module)
+            self._of_running[module] = _gather(module, self._device)
 
     def _after_forward(self, module: nn.Module, inputs: Any, output: Any) -> None:
         for place in self._of_running.pop(module, ()):
@@ -145,13 +147,13 @@ class _Place:
 
 
 @torch.no_grad()
-def _gather(root: nn.Module) -> list[_Place]:
-    """Make every parameter below a module whole; return where they are."""
+def _gather(root: nn.Module, device: torch.device) -> list[_Place]:
+    """Make every parameter below a module whole, on a device; return where they are."""
     places = []
     for module, name, cut in _cut_parameters(root):
         attributes = dict(vars(cut))
         kind = attributes.pop(_CLASS)
-        whole = torch.Tensor._make_subclass(kind, cut.full_tensor(), cut.requires_grad)
+        whole = torch.Tensor._make_subclass(kind, cut.full_tensor().to(device), cut.requires_grad)
         vars(whole).update(attributes)
         module._parameters[name] = whole
         places.append(_Place(module, name, cut))

@@ -34,9 +34,10 @@ def base(tmp_path_factory):
 
 class Watch(L.Callback):
     def __init__(self):
-        self.losses, self.peak, self.held = [], 0, 0
+        self.losses, self.peak, self.held, self.loading = [], 0, 0, 0
 
     def on_fit_start(self, trainer, module):
+        self.loading = torch.cuda.max_memory_allocated()
         torch.cuda.empty_cache()
         self.held = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -56,7 +57,7 @@ def train(base, root, strategy, precision="32-true", offload=False, accelerator=
         strategy=FSDP2Strategy(cpu_offload=True) if offload else strategy, enable_checkpointing=False,
     )  # fmt: skip
     trainer.fit(module, datamodule=TinyData(batches=batches))
-    return {"losses": watch.losses, "peak": watch.peak, "held": watch.held}
+    return {"losses": watch.losses, "peak": watch.peak, "held": watch.held, "loading": watch.loading}
 
 
 def ranks(folder, base, strategy, **options):
@@ -83,6 +84,7 @@ def test_fifty_steps_of_fsdp_are_those_of_ddp(base, ddp, tmp_path, offload):
         assert found["losses"] == pytest.approx(expected["losses"], rel=1e-2)
         assert found["held"] < (0.3 if offload else 0.7) * expected["held"]
         assert found["peak"] < expected["peak"]
+        assert found["loading"] < 0.8 * expected["loading"]  # no room is taken beforehand for all
 
 
 def test_mixed_precision_over_nccl(base, tmp_path):

@@ -25,6 +25,7 @@ from lightning_qlora.strategies.sharded_load import ShardedLoad
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the forked processes; nothing here depends on warnings
 
+CPU = torch.device("cpu")
 FP4 = BitsAndBytesConfig(
     load_in_4bit=True, bnb_4bit_quant_type="fp4", bnb_4bit_blocksize=64, bnb_4bit_quant_storage=torch.bfloat16
 )
@@ -35,7 +36,7 @@ def ranks_that_load():
     """The context of a run's building, without a run."""
     torch.distributed.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
-    with ShardedLoad(mesh).watching():
+    with ShardedLoad(mesh, CPU).watching():
         yield
     torch.distributed.destroy_process_group()
 
@@ -96,7 +97,7 @@ def test_every_base_is_the_one_that_is_loaded_whole(tmp_path):
         states = {}
         with ranks_that_load():
             for name, (_, quantization) in BASES.items():
-                model = load_base_model(paths[name], quantization=quantization, device=torch.device("cpu"))
+                model = load_base_model(paths[name], quantization=quantization, device=CPU)
                 assert cut_layers(model) == [False, True, True], name
                 states[name] = whole_state(model)
         return states
@@ -116,7 +117,7 @@ ADAPTERS = {
 
 def attach(base, options, quantization):
     torch.manual_seed(5)
-    model = load_base_model(base, quantization=quantization, device=torch.device("cpu"))
+    model = load_base_model(base, quantization=quantization, device=CPU)
     lora = LoraConfig(**{"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **options})
     model = attach_adapters(model, lora)
     model.add_adapter("second", lora)
@@ -154,9 +155,9 @@ def test_an_adapter_knows_its_base_in_parts(tmp_path):
 
     def check():
         with ranks_that_load():
-            check_adapter(adapter, load_base_model(str(tmp_path / "copy"), device=torch.device("cpu")))
+            check_adapter(adapter, load_base_model(str(tmp_path / "copy"), device=CPU))
             try:
-                check_adapter(adapter, load_base_model(two, device=torch.device("cpu")))
+                check_adapter(adapter, load_base_model(two, device=CPU))
             except IdentityMismatchError as error:
                 return str(error)
 
@@ -184,7 +185,7 @@ class HeldMemory(TorchDispatchMode):
 
 def loaded_bytes(base, held):
     with held:
-        model = load_base_model(base, device=torch.device("cpu"))
+        model = load_base_model(base, device=CPU)
     return model, held.tracker.take_peak()
 
 
@@ -217,7 +218,7 @@ def test_transformers_is_as_it_was_after_a_load_that_failed(monkeypatch):
     monkeypatch.delenv("HF_DEACTIVATE_ASYNC_LOAD", raising=False)
 
     def fail():
-        with ShardedLoad(None).watching():  # no rank is asked for anything
+        with ShardedLoad(None, CPU).watching():  # no rank is asked for anything
             assert os.environ["HF_DEACTIVATE_ASYNC_LOAD"] == "1"
             assert modeling_utils.caching_allocator_warmup is not warmup
             raise ValueError("broken")
