@@ -1,3 +1,4 @@
+import functools
 import math
 
 import lightning as L
@@ -5,11 +6,14 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import LoraConfig
+from tiny import tiny_tokenizer
 from tiny_models import FAMILIES, pack_batch, random_batch, save_tiny_model
+from tiny_training import TinyChats, tiny_sft_module, tiny_trainer
 from torch.utils.data import DataLoader
 
 from lightning_qlora.kernels.lora import is_fused
-from lightning_qlora.modules import SFTModule
+from lightning_qlora.model import checkpointed_layers
+from lightning_qlora.modules import SFTModule, base
 
 
 def build(folder, **options):
@@ -124,3 +128,23 @@ def test_fused_adapters_are_for_gpus_unless_asked_for(tmp_path):
     module = SFTModule(save_tiny_model(tmp_path))
     module.configure_model()
     assert not is_fused(module)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo asks every input for it
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
+def test_compiled_layers_train_and_validate_alike(tmp_path, monkeypatch):
+    tokenizer = tiny_tokenizer("chatml")
+    folder = save_tiny_model(tmp_path / "base", tokenizer=tokenizer, num_hidden_layers=1)
+    monkeypatch.setattr(base, "compile_decoder", functools.partial(base.compile_decoder, backend="eager"))
+    torch._dynamo.reset()
+    found = []
+    for compiled in (False, True):
+        module = tiny_sft_module(folder, compile_layers=compiled, fused_lora=True)
+        trainer = tiny_trainer(tmp_path, max_epochs=1)
+        trainer.fit(module, TinyChats(tokenizer))
+        layers = checkpointed_layers(module.model.get_base_model())
+        assert all(("forward" in vars(layer)) is compiled for layer in layers)
+        found.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+    torch._dynamo.reset()
+    assert found[0]["val_loss"] > 0
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
