@@ -6,6 +6,7 @@ The result is cached under a key of everything it depends on, so it can be neith
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -155,7 +156,8 @@ def prepare(
         with _alone(cache_dir, fingerprint):
             prepared = _open(folder)  # another process may have made it in the meantime
             if prepared is None:
-                _build(folder, parts, encoder, identity, num_proc, name)
+                with _older_objects_frozen():
+                    _build(folder, parts, encoder, identity, num_proc, name)
                 prepared = _open(folder)
                 assert prepared is not None
     check_report(prepared.report, max_invalid_fraction)
@@ -290,6 +292,21 @@ def _write_documents(
     return writer.sources
 
 
+@contextmanager
+def _older_objects_frozen() -> Iterator[None]:
+    """Keep the garbage collector from looking through all that was there before, the libraries, again and again.
+
+    Rows come and go by the thousand, which lets it look through everything every few seconds.
+    """
+    others = gc.get_freeze_count()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        if not others:  # those of somebody else stay
+            gc.unfreeze()
+
+
 def _encode_in_order(
     chunks: Iterable[tuple[int, list[ParsedRow]]], encoder: RowEncoder, num_proc: int
 ) -> Iterator[EncodedChunk]:
@@ -318,6 +335,7 @@ def _start_worker(encoder: RowEncoder) -> None:
     global _worker_encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
     _worker_encoder = encoder
+    gc.freeze()
 
 
 def _encode_in_worker(part: int, rows: list[ParsedRow]) -> EncodedChunk:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -104,6 +105,17 @@ def test_many_record_batches_read_like_one(tmp_path):
     for number in (0, CHUNK_ROWS - 1, CHUNK_ROWS, 2 * CHUNK_ROWS + 6):
         assert documents.origin(number).line == number + 1
         assert len(documents[number].input_ids) == documents.lengths[number]
+
+
+@pytest.mark.parametrize("frozen_before", [False, True])
+def test_the_collector_gets_its_objects_back(chats, tmp_path, frozen_before):
+    if frozen_before:
+        gc.freeze()
+    try:
+        prepare(str(chats), encoder(), cache_dir=tmp_path)
+        assert bool(gc.get_freeze_count()) == frozen_before
+    finally:
+        gc.unfreeze()
 
 
 def test_every_row_is_accounted_for(tmp_path):
