@@ -36,14 +36,16 @@ from lightning_qlora.data.prepared import DOCUMENTS_FILE, DocumentWriter, Prepar
 from lightning_qlora.data.report import PreparationReport, SourceReport
 from lightning_qlora.data.sources import DataSource, Sources, as_sources, read_rows, source_fingerprint
 from lightning_qlora.data.truncation import Fitted, OverlongPolicy, fit_rows
-from lightning_qlora.schema import Origin, RowRefused
+from lightning_qlora.schema import Completion, Origin, RowRefused
 
 __all__ = ["Prepared", "RowEncoder", "prepare"]
 
 MANIFEST_FILE = "manifest.json"
 
-CHUNK_ROWS = 512
-"""Rows that are tokenised together and written as one record batch."""
+CHUNK_ROWS = 2048
+"""Most rows that are tokenised together and written as one record batch; a quarter of it costs a tenth of the speed."""
+CHUNK_CHARACTERS = 2**22
+"""Characters after which a chunk of longer rows ends; a token takes some hundred bytes until it is written."""
 
 
 class EncodedChunk(NamedTuple):
@@ -270,15 +272,17 @@ def _write_documents(
         def chunks() -> Iterator[tuple[int, list[ParsedRow]]]:
             for part, source in enumerate(parts):
                 rows: list[ParsedRow] = []
+                characters = 0
                 for row in read_rows(source, encoder.task):
                     if isinstance(row, RowRefused):
                         report.sources[part].refuse(row)
                         progress.update()
                         continue
                     rows.append(row)
-                    if len(rows) == CHUNK_ROWS:
+                    characters += _count_characters(row)
+                    if len(rows) == CHUNK_ROWS or characters >= CHUNK_CHARACTERS:
                         yield part, rows
-                        rows = []
+                        rows, characters = [], 0
                 if rows:
                     yield part, rows
 
@@ -290,6 +294,17 @@ def _write_documents(
         finally:
             writer.close()
     return writer.sources
+
+
+def _count_characters(row: ParsedRow) -> int:
+    """Count the characters of a row's texts, without what calls and tools hold."""
+    if isinstance(row, Completion):
+        return len(row.prompt) + len(row.completion)
+    count = 0
+    for name in ("messages", "prompt", "completion", "chosen", "rejected"):
+        for message in getattr(row, name, ()):
+            count += len(message.content) + len(message.reasoning or "")
+    return count
 
 
 @contextmanager

@@ -107,6 +107,24 @@ def test_many_record_batches_read_like_one(tmp_path):
         assert len(documents[number].input_ids) == documents.lengths[number]
 
 
+def test_long_rows_are_encoded_fewer_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(preparation, "CHUNK_CHARACTERS", 40)
+    sizes = []
+
+    class Counting(RowEncoder):
+        def __call__(self, part, rows):
+            sizes.append((len(rows), sum(len(m.content) for row in rows for m in row.messages)))
+            return super().__call__(part, rows)
+
+    whole = write_chats(tmp_path / "many.jsonl", 30)
+    few = prepare(str(whole), Counting(encoder().chat), cache_dir=tmp_path / "few")
+    assert len(sizes) > 5
+    assert all(characters >= 40 or rows == sizes[-1][0] for rows, characters in sizes)
+    assert max(rows for rows, _ in sizes) < 10
+    monkeypatch.undo()
+    assert contents(few) == contents(prepare(str(whole), RowEncoder(encoder().chat), cache_dir=tmp_path / "all"))
+
+
 @pytest.mark.parametrize("frozen_before", [False, True])
 def test_the_collector_gets_its_objects_back(chats, tmp_path, frozen_before):
     if frozen_before:
