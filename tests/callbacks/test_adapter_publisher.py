@@ -134,6 +134,15 @@ class Sleep(L.Callback):
             time.sleep(2.0)
 
 
+@pytest.fixture
+def interruptible():
+    """Listen to Ctrl-C, which processes ignore that a shell has started in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("fails", [False, True], ids=["published", "fails"])
 @pytest.mark.parametrize("step", [4, 6], ids=["while training", "while the end waits"])
 def test_an_interrupt_waits_for_what_is_being_published(base, tmp_path, step, fails, caplog):
