@@ -8,7 +8,6 @@ bitsandbytes computes and the result is copied.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
@@ -18,6 +17,8 @@ import torch
 from bitsandbytes.functional import QuantState
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
+
+from lightning_qlora.kernels.self_check import first_line, in_clean_thread
 
 try:
     from lightning_qlora.kernels.dequantization_triton import dequantize as triton_dequantize
@@ -111,12 +112,7 @@ def _is_trusted(kind: _Kind) -> bool:
     """Whether the kernel writes here what bitsandbytes does; found out once for each kind of weight."""
     if kind.device.type == "meta":  # a simulation of a GPU
         return True
-    found: list[str | None] = []
-    # A thread of its own: autocast, hooks and dispatch modes of the step under way do not reach there.
-    thread = threading.Thread(target=lambda: found.append(_compare(kind)))
-    thread.start()
-    thread.join()
-    error = found[0] if found else "the comparison failed"
+    error = in_clean_thread(lambda: _compare(kind))
     if error is not None:
         rank_zero_info(
             f"Triton's dequantisation of {kind.quant_type} weights is not used on {kind.device} for {kind.dtype}: "
@@ -134,7 +130,7 @@ def _compare(kind: _Kind) -> str | None:
             _write(out[:, :columns], packed, constants, kind.blocksize, kind.quant_type)
             found = out.cpu()
         except Exception as error:  # a compiler that is missing or does not know this device fails in many ways
-            return (str(error).strip().splitlines() or [type(error).__name__])[0]
+            return first_line(error)
         state = quant_state(constants, torch.Size((1, rows * columns)), kind.blocksize, kind.quant_type, kind.dtype)
         expected = bnb.dequantize_4bit(packed, state).view(rows, columns).cpu()
         if not torch.equal(found[:, :columns], expected) or found[:, columns:].any():

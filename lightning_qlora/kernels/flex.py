@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from lightning_qlora.kernels.self_check import CHECK_WINDOW, Attend, AttentionCase, find_fault
+from lightning_qlora.kernels.self_check import CHECK_LENGTHS, CHECK_WINDOW, Attend, AttentionCase, find_fault
 
 __all__ = ["attend_with_flex", "block_mask"]
 
@@ -25,18 +25,6 @@ _BLOCK = 128
 _SMALLEST_HEAD = 16
 _LARGEST_HEAD = 256
 _CHECK_PROMPTS = (0, 3, 0, 1)
-
-
-class _Kind(NamedTuple):
-    """What decides which kernel is compiled."""
-
-    device: torch.device
-    dtype: torch.dtype
-    num_heads: int
-    num_key_heads: int
-    head_dim: int
-    windowed: bool
-    softcap: float | None
 
 
 def attend_with_flex(
@@ -71,8 +59,9 @@ def attend_with_flex(
     if query.device.type == "meta":  # a simulation of a GPU: another kernel that keeps as much
         options: dict[str, Any] = {"is_causal": True, "scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
         return functional.scaled_dot_product_attention(query, key, value, **options).transpose(1, 2)
-    windowed = sliding_window is not None
-    if not _is_trusted(_Kind(query.device, dtype, query.shape[1], key.shape[1], head_dim, windowed, softcap)):
+    window = None if sliding_window is None else CHECK_WINDOW
+    heads = query.shape[1], key.shape[1], head_dim
+    if not _is_trusted(AttentionCase(query.device, dtype, *heads, CHECK_LENGTHS, _CHECK_PROMPTS, window, softcap)):
         return None
     return _call(query, key, value, mask_of(sliding_window), scaling, softcap, compiled=True)
 
@@ -200,16 +189,14 @@ def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @cache
-def _is_trusted(kind: _Kind) -> bool:
+def _is_trusted(case: AttentionCase) -> bool:
     """Whether the kernel computes here what it should; found out once for each kind of call."""
-    window = CHECK_WINDOW if kind.windowed else None
-    case = AttentionCase(*kind[:5], shared_prompts=_CHECK_PROMPTS, window=window, softcap=kind.softcap)
     error = find_fault(_attend_check(case), case)
     if error is not None:
         rank_zero_info(
-            f"FlexAttention is not used on {kind.device} for {kind.dtype}, head_dim {kind.head_dim}"
-            f"{', sliding window' if kind.windowed else ''}{', softcap' if kind.softcap else ''}: {error}. Documents "
-            "are attended one by one."
+            f"FlexAttention is not used on {case.device} for {case.dtype}, head_dim {case.head_dim}"
+            f"{'' if case.window is None else ', sliding window'}{', softcap' if case.softcap else ''}: {error}. "
+            "Documents are attended one by one."
         )
     return error is None
 

@@ -1,4 +1,7 @@
-"""Whether an attention kernel computes what plain arithmetic does, forward and backward, on a small random batch."""
+"""Whether a kernel computes what it should on the device that it is to be used on; for attention, against arithmetic.
+
+Attention is compared with plain operators, forward and backward, on a small random batch.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["CHECK_LENGTHS", "CHECK_WINDOW", "Attend", "AttentionCase", "compare_attention", "find_fault"]
+__all__ = [
+    "CHECK_LENGTHS",
+    "CHECK_WINDOW",
+    "Attend",
+    "AttentionCase",
+    "compare_attention",
+    "find_fault",
+    "first_line",
+    "in_clean_thread",
+]
 
 CHECK_LENGTHS = (5, 64, 1, 131)
 CHECK_WINDOW = 17
@@ -17,7 +29,7 @@ _TOLERANCE = 2e-2  # relative to the norm; bfloat16 keeps 8 bits
 
 
 class AttentionCase(NamedTuple):
-    """What to check.
+    """What decides which kernel runs, and what it is checked on.
 
     Attributes:
         device: Where.
@@ -46,13 +58,26 @@ Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 """From (T, heads, head_dim) queries, keys, values and the factor on the scores to an output like the queries."""
 
 
-def find_fault(attend: Attend, case: AttentionCase) -> str | None:
-    """Compare in a thread of its own: autocast, hooks and dispatch modes of the step under way do not reach there."""
+def in_clean_thread(compare: Callable[[], str | None]) -> str | None:
+    """Return what a comparison finds wrong, or ``None``.
+
+    It runs in a thread of its own: autocast, hooks and dispatch modes of the step under way do not reach there.
+    """
     found: list[str | None] = []
-    thread = threading.Thread(target=lambda: found.append(compare_attention(attend, case)))
+    thread = threading.Thread(target=lambda: found.append(compare()))
     thread.start()
     thread.join()
     return found[0] if found else "the comparison failed"
+
+
+def first_line(error: Exception) -> str:
+    """Return what an error says, in short; its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def find_fault(attend: Attend, case: AttentionCase) -> str | None:
+    """Return what :func:`compare_attention` finds, in a clean thread."""
+    return in_clean_thread(lambda: compare_attention(attend, case))
 
 
 def compare_attention(attend: Attend, case: AttentionCase) -> str | None:
@@ -68,7 +93,7 @@ def compare_attention(attend: Attend, case: AttentionCase) -> str | None:
         gradients = torch.autograd.grad(output, fast, weights.to(case.device))
         found = [x.double().cpu() for x in (output.detach(), *gradients)]
     except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
-        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return first_line(error)
     plain = [x.double().requires_grad_() for x in inputs]
     expected = _plain_attention(plain[0], plain[1], plain[2], scaling, case)
     references = [expected.detach(), *torch.autograd.grad(expected, plain, weights.double())]

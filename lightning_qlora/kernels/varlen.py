@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -38,17 +38,6 @@ _INDEX_LIMIT = 2**31  # the backward pass counts elements of its padded buffer i
 _PADDING = 128  # of each document in that buffer, in tokens
 _DTYPES = (torch.bfloat16, torch.float16)
 _LARGEST_HEAD = 256
-
-
-class _Kind(NamedTuple):
-    """What decides which kernel runs."""
-
-    device: torch.device
-    dtype: torch.dtype
-    num_heads: int
-    num_key_heads: int
-    head_dim: int
-    windowed: bool
 
 
 def document_offsets(lengths: Sequence[int], device: torch.device) -> Tensor:
@@ -104,7 +93,7 @@ def attend_documents(
             "attended one by one."
         )
         return None
-    if not _is_trusted(_Kind(query.device, dtype, num_heads, key.shape[1], head_dim, window is not None)):
+    if not _is_trusted(_case(query.device, dtype, num_heads, key.shape[1], head_dim, window is not None)):
         return None
     return attend_in_graph(query, key, value, offsets, longest, dtype, scaling, window)
 
@@ -115,7 +104,7 @@ def is_trusted(
     """Whether the kernel takes such inputs on a device and computes there what it should."""
     if varlen_attn is None or device.type != "cuda" or not takes(dtype, head_dim):
         return False
-    return _is_trusted(_Kind(device, dtype, num_heads, num_key_heads, head_dim, windowed))
+    return _is_trusted(_case(device, dtype, num_heads, num_key_heads, head_dim, windowed))
 
 
 def fits(padded: int, num_heads: int, head_dim: int) -> bool:
@@ -188,24 +177,26 @@ def _call(
 
 
 @cache
-def _is_trusted(kind: _Kind) -> bool:
+def _is_trusted(case: AttentionCase) -> bool:
     """Whether the kernel computes here what it should; found out once for each kind of call."""
-    if kind.device.type == "meta":  # a simulation of a GPU
+    if case.device.type == "meta":  # a simulation of a GPU
         return True
-    if kind.windowed and not _knows("window_size"):
+    if case.window is not None and not _knows("window_size"):
         return False
-    case = _case(kind)
     error = find_fault(_attend_check(case), case)
     if error is not None:
         _say_once(
-            f"torch's varlen attention is not used on {kind.device} for {kind.dtype}, head_dim {kind.head_dim}"
-            f"{', sliding window' if kind.windowed else ''}: {error}. It is done another way."
+            f"torch's varlen attention is not used on {case.device} for {case.dtype}, head_dim {case.head_dim}"
+            f"{'' if case.window is None else ', sliding window'}: {error}. It is done another way."
         )
     return error is None
 
 
-def _case(kind: _Kind) -> AttentionCase:
-    return AttentionCase(*kind[:-1], window=CHECK_WINDOW if kind.windowed else None)
+def _case(
+    device: torch.device, dtype: torch.dtype, num_heads: int, num_key_heads: int, head_dim: int, windowed: bool
+) -> AttentionCase:
+    window = CHECK_WINDOW if windowed else None
+    return AttentionCase(device, dtype, num_heads, num_key_heads, head_dim, window=window)
 
 
 def _attend_check(case: AttentionCase) -> Attend:

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map_only
 
 from lightning_qlora.kernels.attention import packed_attention_arguments, use_document_attention
 from lightning_qlora.kernels.checkpointing import PLANS, Plan
+from lightning_qlora.kernels.self_check import first_line
 from lightning_qlora.losses.cross_entropy import head_cross_entropy
 from lightning_qlora.memory.skeleton import META
 from lightning_qlora.memory.tracking import MemoryTracker, held_tensors
@@ -92,7 +93,7 @@ def simulate_step(
             return _run(base, tuple(document_lengths), num_supervised, tracker)
     except (NotImplementedError, RuntimeError, torch._subclasses.fake_tensor.DataDependentOutputException) as error:
         raise SimulationError(
-            f"A step of {type(base).__name__} cannot be simulated without its weights: {_first_line(error)}"
+            f"A step of {type(base).__name__} cannot be simulated without its weights: {first_line(error)}"
         ) from error
     finally:
         for parameter in model.parameters():
@@ -232,7 +233,3 @@ def _attend_on_gpu(
 
 def _as_bias(mask: Tensor, query: Tensor) -> Tensor:
     return torch.zeros_like(mask, dtype=query.dtype) if mask.dtype == torch.bool else mask
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -250,6 +250,5 @@ def test_the_installed_signature_is_one_that_is_known():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(32, 8, 128), (4, 4, 64), (8, 4, 256)])
 def test_the_kernel_itself_passes_the_comparison(shape, dtype, window):
-    kind = varlen._Kind(torch.device("cuda", 0), dtype, *shape, window is not None)
-    case = varlen._case(kind)
+    case = varlen._case(torch.device("cuda", 0), dtype, *shape, window is not None)
     assert self_check.compare_attention(varlen._attend_check(case), case) is None
