@@ -108,15 +108,7 @@ def _lora_low(
 
 @_lora_low.register_fake
 def _(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    constants: Sequence[Tensor],
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    scales: Sequence[float],
-    blocksize: int,
-    quant_type: str,
-    inside: bool,
+    x: Tensor, weights: Sequence[Tensor], constants: Sequence[Tensor], a: Sequence[Tensor], b: Sequence[Tensor], *_: Any
 ) -> list[Tensor]:
     low = x.new_empty(x.shape[0], sum(each.shape[0] for each in a))
     return [low, *(x.new_empty(()).expand(x.shape[0], each.shape[0]) for each in b)]
@@ -353,10 +345,7 @@ def _(
     constants: Sequence[Tensor],
     biases: Sequence[Tensor],
     b: Sequence[Tensor],
-    scales: Sequence[float],
-    blocksize: int,
-    quant_type: str,
-    inside: bool,
+    *_: Any,
 ) -> list[Tensor]:
     return [x.new_empty(x.shape[0], each.shape[0]) for each in b]
 
