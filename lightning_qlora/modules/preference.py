@@ -182,7 +182,7 @@ class PreferenceModule(CausalLMModule):
             identity["base"] |= {"name": None, "revision": None}
         return {
             **identity,
-            "adapter": None if self.adapter_folder is None else adapter_digest(self.adapter_folder),
+            "adapter": None if self._reference_record is None else self._reference_record["sha256"],
             "precision": str(self.trainer.precision),
             "dtype": str(self.model.dtype),
         }
