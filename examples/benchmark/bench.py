@@ -136,7 +136,7 @@ class Module(Measured, SFTModule):
         generator = torch.Generator().manual_seed(1)
         for name, parameter in self.named_parameters():
             if "lora_B" in name:
-                parameter.data.copy_(0.01 * torch.randn(parameter.shape, generator=generator))
+                parameter.data.copy_(0.01 * torch.randn(parameter.shape, generator=generator, device="cpu"))
         super().on_model_built()
 
 

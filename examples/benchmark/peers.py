@@ -108,7 +108,8 @@ def make_trainer(options: argparse.Namespace, case: Case, folder: str) -> tuple[
     steps, vocab = options.steps + options.warmup, SHAPES[options.shape]["vocab_size"]
     common: dict[str, Any] = {
         "output_dir": folder, "per_device_train_batch_size": case.rows, "learning_rate": 2e-4, "max_steps": steps,
-        "logging_steps": 1, "save_strategy": "no", "report_to": [], "max_length": case.max_length,
+        "gradient_accumulation_steps": 1, "logging_steps": 1, "save_strategy": "no", "report_to": [],
+        "max_length": case.max_length,
         "gradient_checkpointing": options.plan == "full", "bf16": options.device == "cuda",
         "optim": "adamw_torch_fused" if options.device == "cuda" else "adamw_torch",
         "use_cpu": options.device == "cpu", "shuffle_dataset": False, "train_sampling_strategy": "sequential",
@@ -169,6 +170,8 @@ def _counter(on_gpu: bool) -> Any:
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             self.begun = now()
+            self.tokens.append(0)
+            self.supervised.append(0)
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             ended = now()
@@ -177,9 +180,9 @@ def _counter(on_gpu: bool) -> Any:
 
         def count(self, inputs: Any) -> None:
             mask, labels = inputs.get("attention_mask"), inputs.get("labels")
-            self.tokens.append(int(inputs["input_ids"].numel() if mask is None else mask.sum()))
+            self.tokens[-1] += int(inputs["input_ids"].numel() if mask is None else mask.sum())
             supervised = inputs["completion_mask"].sum() if labels is None else (labels != -100).sum()
-            self.supervised.append(int(supervised))
+            self.supervised[-1] += int(supervised)
 
     return Counter()
 

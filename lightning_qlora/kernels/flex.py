@@ -143,10 +143,10 @@ def _tokens(lengths: Sequence[int], shared: Sequence[int], window: int | None) -
     for index, length in enumerate(shared):
         trunk = trunk if length else index
         rows.append((index, length, trunk, length))
-    counts = torch.tensor(lengths)
+    counts = torch.tensor(lengths, device="cpu")  # whatever the default device is
     starts = counts.cumsum(0) - counts
-    found = torch.tensor(rows).repeat_interleave(counts, 0).t().contiguous()
-    found[1] += torch.arange(sum(lengths)) - starts.repeat_interleave(counts)
+    found = torch.tensor(rows, device="cpu").repeat_interleave(counts, 0).t().contiguous()
+    found[1] += torch.arange(sum(lengths), device="cpu") - starts.repeat_interleave(counts)
     earliest = torch.zeros_like(found[1]) if window is None else found[1] - window + 1
     return torch.cat((found, earliest[None])).to(torch.int32)
 
@@ -154,8 +154,9 @@ def _tokens(lengths: Sequence[int], shared: Sequence[int], window: int | None) -
 def _blocks(lengths: Sequence[int], shared: Sequence[int], window: int | None) -> tuple[Tensor, Tensor]:
     """(blocks, blocks) bool twice: of queries and keys some of which, and all of which, see one another."""
     num = -(-sum(lengths) // _BLOCK)
-    some, whole = torch.zeros(num, num, dtype=torch.bool), torch.zeros(num, num, dtype=torch.bool)
-    back = torch.arange(num)[:, None] - torch.arange(num)[None, :]
+    some, whole = torch.zeros(2, num, num, dtype=torch.bool, device="cpu")
+    positions = torch.arange(num, device="cpu")
+    back = positions[:, None] - positions[None, :]
     near = (back >= 0) if window is None else (back >= 0) & ((back - 1) * _BLOCK + 1 < window)
     inside = (back > 0) if window is None else (back > 0) & ((back + 1) * _BLOCK - 1 < window)
     start = trunk = 0

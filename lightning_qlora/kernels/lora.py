@@ -13,6 +13,7 @@ dropout, several adapters at once, merged or disabled ones, inference.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -25,6 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_qlora.kernels.dequantization import NESTED_BLOCK, constants_of
 from lightning_qlora.kernels.lora_products import choose_ways
+from lightning_qlora.kernels.self_check import in_clean_thread
 
 __all__ = ["FusedLinear4bit", "fuse_lora", "fuse_lora_if_equal", "is_fused"]
 
@@ -72,12 +74,12 @@ def fuse_lora_if_equal(model: nn.Module) -> bool:
         if shapes in checked:
             continue
         checked.add(shapes)
-        error = _difference(layer)
-        if not error <= _TOLERANCE:  # NaN never passes
+        fault = in_clean_thread(functools.partial(_compare, layer))
+        if fault is not None:
             _unfuse_lora(model)
             rank_zero_info(
-                f"Fused LoRA is off by {error:.2g} of the norm from PEFT's own code on {layer.weight.device}, on a "
-                f"layer of {shapes[0][1]} inputs. PEFT's own code is used."
+                f"Fused LoRA is not used on {layer.weight.device}: on a layer of {shapes[0][1]} inputs {fault}. PEFT's "
+                "own code is used."
             )
             return False
     return is_fused(model)
@@ -90,8 +92,8 @@ def _unfuse_lora(model: nn.Module) -> None:
             cast(Any, module).__class__ = Linear4bit
 
 
-def _difference(layer: FusedLinear4bit) -> float:
-    """Return how far a group's outputs and gradients are from PEFT's, relative to their norms, at the worst.
+def _compare(layer: FusedLinear4bit) -> str | None:
+    """Return what is wrong with a group's outputs or gradients, compared with PEFT's, or ``None``.
 
     Computed on a copy of the group, with adapters that are not zero.
     """
@@ -112,13 +114,15 @@ def _difference(layer: FusedLinear4bit) -> float:
         if not all(member.is_plain(x) for member in members):  # never fused together
             members, adapters, weights = members[:1], adapters[:2], weights[:1]
         if not members[0].is_plain(x):  # never fused, so never wrong
-            return 0.0
+            return None
         for forward in (FusedLinear4bit.forward, Linear4bit.forward):
             outputs = [forward(member, x) for member in members]
             cotangents = [each.to(output.dtype) for each, output in zip(weights, outputs, strict=True)]
             gradients = torch.autograd.grad(outputs, (x, *adapters), cotangents)
             found.append([*(output.detach() for output in outputs), *gradients])
-    return max(float((one - two).norm() / two.norm()) for one, two in zip(*found, strict=True))
+    error = max(float((one - two).norm() / two.norm()) for one, two in zip(*found, strict=True))
+    # NaN never passes.
+    return None if error <= _TOLERANCE else f"it is off by {error:.2g} of the norm from PEFT's own code"
 
 
 def is_fused(model: nn.Module) -> bool:

@@ -61,10 +61,18 @@ Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 def in_clean_thread(compare: Callable[[], str | None]) -> str | None:
     """Return what a comparison finds wrong, or ``None``.
 
-    It runs in a thread of its own: autocast, hooks and dispatch modes of the step under way do not reach there.
+    It runs in a thread of its own, where autocast, hooks, modes and the default device of the caller do not reach; on
+    the caller's GPU all the same.
     """
     found: list[str | None] = []
-    thread = threading.Thread(target=lambda: found.append(compare()))
+    gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+    def run() -> None:
+        if gpu is not None:
+            torch.cuda.set_device(gpu)
+        found.append(compare())
+
+    thread = threading.Thread(target=run)
     thread.start()
     thread.join()
     return found[0] if found else "the comparison failed"

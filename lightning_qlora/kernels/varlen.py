@@ -42,7 +42,8 @@ _LARGEST_HEAD = 256
 
 def document_offsets(lengths: Sequence[int], device: torch.device) -> Tensor:
     """Return where documents begin and the last one ends, (K + 1,) int32 on the device, without waiting for it."""
-    offsets = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    # Lightning makes another device the default one while it builds a model.
+    offsets = torch.tensor([0, *lengths], dtype=torch.int32, device="cpu").cumsum(0, dtype=torch.int32)
     if device.type == "cuda":
         return offsets.pin_memory().to(device, non_blocking=True)
     return offsets.to(device)

@@ -106,30 +106,26 @@ def _probe(base: Any, head: Head, isolates_documents: bool) -> tuple[bool, bool]
 
     Returns:
         Whether its logits are just the head of the decoder's hidden states: some families scale or offset them
-        besides. And whether a document comes out the same behind another one as alone: attention sees to that by the
-        lengths or the positions it is given; recurrent and convolutional layers (Mamba, LFM2, ...) go on over the
+        besides. And whether a document comes out the same behind another one as before it: attention sees to that by
+        the lengths or the positions it is given; recurrent and convolutional layers (Mamba, LFM2, ...) go on over the
         border.
     """
-    # Of one token, whose embedding may be zero because it pads, other layers would carry nothing over the border.
-    ids_BL = torch.tensor([[0, 1, 2, 3, 3, 2, 1, 0]], device=head.output_embeddings.weight.device)  # type: ignore[arg-type]
-    alone: dict[str, Any] = {"input_ids": ids_BL[:, 4:], "use_cache": False}
-    behind: dict[str, Any] = {
-        "input_ids": ids_BL,
-        "position_ids": ids_BL.new_tensor([[0, 1, 2, 3, 0, 1, 2, 3]]),
-        "use_cache": False,
-    }
+    # A token that pads may have an embedding of zero, which carries nothing over the border: no two tokens are the same.
+    ids_BL = torch.tensor([[3, 4, 5, 6, 7, 8, 9, 10]], device=head.output_embeddings.weight.device)  # type: ignore[arg-type]
+    arguments: dict[str, Any] = {"position_ids": ids_BL.new_tensor([[0, 1, 2, 3, 0, 1, 2, 3]]), "use_cache": False}
     if isolates_documents:
-        behind |= packed_attention_arguments(ids_BL, (4, 4))
+        arguments |= packed_attention_arguments(ids_BL, (4, 4))
     training = base.training
     base.eval()
     try:
-        expected = base(**alone).logits
-        by_head = head(base.get_decoder()(**alone).last_hidden_state)
-        distance = math.inf if base._is_stateful else float((base(**behind).logits[:, 4:] - expected).float().norm())
+        first = base(input_ids=ids_BL, **arguments).logits
+        by_head = head(base.get_decoder()(input_ids=ids_BL, **arguments).last_hidden_state)
+        # The batch has the same shape, so that a deep model's rounding is the same too.
+        second = base(input_ids=ids_BL.roll(4, 1), **arguments).logits
+        expected, found = first[:, :4].float(), second[:, 4:].float()
+        distance = math.inf if base._is_stateful else float((found - expected).norm())
     finally:
         base.train(training)
-    is_plain = by_head.shape == expected.shape and torch.allclose(
-        by_head.float(), expected.float(), rtol=1e-3, atol=1e-4
-    )
+    is_plain = by_head.shape == first.shape and torch.allclose(by_head.float(), first.float(), rtol=1e-3, atol=1e-4)
     tolerance = 1e-4 if base.dtype.itemsize >= 4 else 3e-2
-    return is_plain, distance <= tolerance * float(expected.float().norm())
+    return is_plain, distance <= tolerance * float(expected.norm())

@@ -33,7 +33,8 @@ def inputs(total, heads, dtype=torch.float32, head_dim=16):
 
 
 def flex_on_cpu(query, key, value, documents, window, softcap, compiled=False):
-    mask = documents.block_mask(window, CPU)
+    with torch.device("meta"):  # Lightning makes the accelerator the default device while a model is built
+        mask = documents.block_mask(window, CPU)
     return flex._call(query, key, value, mask, 0.3, softcap, compiled=compiled)
 
 
