@@ -173,6 +173,7 @@ def test_refuses_options_out_of_range(options):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")  # bitsandbytes says that inner dimensions as small as these are slow
 def test_events_are_read_without_waiting(folder, tokenizer, tmp_path):
     monitor = PerformanceMonitor(window=2)
     trainer = tiny_trainer(tmp_path, callbacks=[monitor], accelerator="gpu", devices=1, max_epochs=5)
