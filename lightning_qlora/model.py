@@ -227,7 +227,7 @@ def attach_adapters(model: PreTrainedModel, lora: PeftConfig, *, token_ids_to_tr
         with warnings.catch_warnings():
             # PEFT asks whether tied weights were meant to part; _with_tied_embeddings has just answered that.
             warnings.filterwarnings("ignore", message=".*ensure_weight_tying.*")
-            peft_model = get_peft_model(model, lora)
+            peft_model = get_peft_model(model, copy.deepcopy(lora))  # PEFT writes into it
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(
             f"PEFT cannot attach these adapters: {error}\nLinear layers of this base are: "

@@ -86,6 +86,7 @@ class PackedDocuments:
         self.starts = starts
         self.longest = max(self.lengths)
         self.padded = padded_tokens(self.lengths)
+        self.are_alike = len(set(self.lengths)) == 1 and self.shared_prompts is None
         self._masks: dict[int | None, BlockMask] = {}
 
     def block_mask(self, window: int | None, device: torch.device) -> BlockMask:
@@ -131,6 +132,8 @@ def document_attention(
         output = _attend(query, key, value, attention_mask, is_causal, scaling, dropout, softcap)
         return output.transpose(1, 2).contiguous(), None
     starts, shared_prompts = documents.starts, documents.shared_prompts
+    if _on_gpu(query) and documents.are_alike and sliding_window is None and softcap is None:
+        return _attend_alike(query, key, value, len(documents.lengths), scaling, dropout), None
     if starts is not None and softcap is None and not dropout and shared_prompts is None:
         longest, padded = documents.longest, documents.padded
         fast = attend_documents(query, key, value, starts, longest, padded, scaling, sliding_window)
@@ -225,6 +228,15 @@ def _attend(
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     weights = functional.dropout(scores.softmax(-1, dtype=torch.float32).to(query.dtype), dropout)
     return weights @ value
+
+
+def _attend_alike(
+    query: Tensor, key: Tensor, value: Tensor, num_documents: int, scaling: float | None, dropout: float
+) -> Tensor:
+    """Attend within documents of one length, which are a batch without padding: torch has faster kernels for these."""
+    query, key, value = (x[0].unflatten(1, (num_documents, -1)).transpose(0, 1) for x in (query, key, value))
+    output = _attend(query, key, value, None, True, scaling, dropout, None)
+    return output.transpose(1, 2).flatten(0, 1)[None]
 
 
 def _attend_as_branch(

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_qlora.kernels.dequantization import NESTED_BLOCK, constants_of
+from lightning_qlora.kernels.elementwise import source_of
 from lightning_qlora.kernels.lora_products import choose_ways
 from lightning_qlora.kernels.self_check import in_clean_thread
 
@@ -218,7 +219,8 @@ def _products(x: Tensor, members: Sequence[Any]) -> list[Tensor]:
     scales = [float(member.scaling[name]) for member, name in zip(members, names, strict=True)]
     stored = scales, states[0].blocksize, states[0].quant_type
     ways = choose_ways(x_TD, [each.shape[0] for each in a], [each.shape[0] for each in b], constants, *stored[1:])
-    low, *shapes = torch.ops.lightning_qlora.lora_low(x_TD, weights, constants, a, b, *stored, ways.backward)
+    source = source_of(x) or ("", [], [])
+    low, *shapes = torch.ops.lightning_qlora.lora_low(x_TD, weights, constants, a, b, *stored, ways.backward, *source)
     outputs = torch.ops.lightning_qlora.lora_products(
         x_TD, low, shapes, weights, constants, biases, b, *stored, ways.forward
     )

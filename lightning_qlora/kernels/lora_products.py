@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lightning_qlora.kernels.dequantization import dequantize_into, has_kernel, is_fast, quant_state
+from lightning_qlora.kernels.elementwise import Source
 
 __all__ = ["Ways", "choose_ways"]
 
@@ -84,6 +85,9 @@ def _lora_low(
     blocksize: int,
     quant_type: str,
     inside: bool,
+    source_kind: str,
+    sources: Sequence[Tensor],
+    source_options: Sequence[float],
 ) -> list[Tensor]:
     """Multiply one input with all A, and keep what the gradients of the whole group need.
 
@@ -97,6 +101,10 @@ def _lora_low(
         blocksize: Values of ``W_i`` that share a constant.
         quant_type: Of bitsandbytes.
         inside: Whether the backward pass adds the adapters inside the product with the weights.
+        source_kind: What ``x`` is formed of, which is saved in its place: that of a
+            :class:`~lightning_qlora.kernels.elementwise.Source`, or empty.
+        sources: Its tensors.
+        source_options: Its options.
 
     Returns:
         (T, sum of ranks), the input's product with all A; and for each weight one number in the shape (T, out_i) of its
@@ -115,35 +123,39 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, weights, constants, a, b, *ctx.options = inputs
-    ctx.save_for_backward(x, output[0], *weights, *constants, *a, *b)
-    ctx.num_weights = len(weights)
-    ctx.num_constants = len(constants)
+    x, weights, constants, a, b, *ctx.options, ctx.source_kind, sources, ctx.source_options = inputs
+    kept = sources if ctx.source_kind else [x]
+    ctx.save_for_backward(output[0], *weights, *constants, *a, *b, *kept)
+    ctx.counts = [1, len(weights), len(constants), len(a), len(b), len(kept)]
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[Any, ...]:
     """Return the gradients of the input and of all A and B; the products with ``W_i`` end with the adapters'."""
-    (x, low, *saved), num = ctx.saved_tensors, ctx.num_weights
-    weights, constants = saved[:num], saved[num : num + ctx.num_constants]
-    a, b = saved[-2 * num : -num], saved[-num:]
+    saved = iter(ctx.saved_tensors)
+    (low,), weights, constants, a, b, kept = ([next(saved) for _ in range(count)] for count in ctx.counts)
     scales, blocksize, quant_type, inside = ctx.options
     ranks = [each.shape[0] for each in a]
     of_outputs, lows, of_b = [], [], []
     for i, (gradient, part) in enumerate(zip(gradients[1:], low.split(ranks, 1), strict=True)):
         if gradient is None:  # nobody used this output
-            gradient = x.new_zeros(x.shape[0], b[i].shape[0])
-        of_outputs.append(gradient.to(x.dtype))
-        lows.append((of_outputs[i] @ b[i].to(x.dtype)).mul_(scales[i]))
+            gradient = low.new_zeros(low.shape[0], b[i].shape[0])
+        of_outputs.append(gradient.to(low.dtype))
+        lows.append((of_outputs[i] @ b[i].to(low.dtype)).mul_(scales[i]))
         of_b.append((of_outputs[i].t() @ part).mul_(scales[i]).to(b[i].dtype))
-    lows_TR = lows[0] if num == 1 else torch.cat(lows, 1)
+    lows_TR = lows[0] if len(b) == 1 else torch.cat(lows, 1)
+    x = Source(ctx.source_kind, kept, ctx.source_options).form() if ctx.source_kind else kept[0]
+    of_a = (lows_TR.t() @ x.reshape(-1, a[0].shape[1])).split(ranks)
+    of_a = [each.to(parameter.dtype) for each, parameter in zip(of_a, a, strict=True)]
+    del x  # before there are more tensors as large
     of_x = None
     if ctx.needs_input_grad[0]:
         stored = weights, constants, blocksize, quant_type
         of_x = (_input_gradient_at_once if inside else _input_gradient)(of_outputs, lows_TR, a, *stored)
-    of_a = (lows_TR.t() @ x).split(ranks)
-    of_a = [each.to(parameter.dtype) for each, parameter in zip(of_a, a, strict=True)]
-    return (of_x, [None] * num, [None] * ctx.num_constants, of_a, of_b, None, None, None, None)
+    frozen = ([None] * count for count in ctx.counts[1:3])
+    # An empty list of numbers counts as one of tensors.
+    of_source: tuple[Any, Any] = ([None] * len(kept), None) if ctx.source_kind else ([], [])
+    return (of_x, *frozen, of_a, of_b, None, None, None, None, None, *of_source)
 
 
 def _input_gradient(

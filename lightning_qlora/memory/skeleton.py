@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedCon
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.quantizers.base import HfQuantizer
 
+from lightning_qlora.kernels.elementwise import fuse_elementwise, has_fused_parts
 from lightning_qlora.kernels.lora import fuse_lora, is_fused
 from lightning_qlora.model import Quantization, attach_adapters, resolve_quantization
 
@@ -89,6 +90,8 @@ def skeleton_of(model: PeftModel) -> PeftModel:
     skeleton = build_skeleton(config, model.active_peft_config, quantization=quantization, dtype=base.dtype)
     if is_fused(model):
         fuse_lora(skeleton)
+    if has_fused_parts(model):
+        fuse_elementwise(skeleton)
     return skeleton
 
 

@@ -30,6 +30,7 @@ from lightning_qlora.checkpoints.loop_state import repair_loops
 from lightning_qlora.kernels.attention import use_document_attention
 from lightning_qlora.kernels.checkpointing import PLANS, MixedPlan, Plan
 from lightning_qlora.kernels.compilation import compile_decoder
+from lightning_qlora.kernels.elementwise import fuse_elementwise
 from lightning_qlora.kernels.lora import fuse_lora_if_equal
 from lightning_qlora.memory import autocast_dtype, choose_plan
 from lightning_qlora.model import (
@@ -88,6 +89,9 @@ class CausalLMModule(L.LightningModule):
             fits the memory then free, layer by layer. The gradients are the same.
         fused_lora: Add plain LoRA inside the products of 4-bit layers, in place of PEFT's own code, with equal results
             up to rounding; auto does so on GPUs. Other adapters, and dropout, run PEFT's code in any case.
+        fused_elementwise: Run norms, rotary embeddings and gated activations by one kernel each on GPUs that have
+            Triton, with equal results up to rounding, where the family's are of the common kinds. compile_layers takes
+            their place.
         compile_layers: Compile whole decoder layers with torch.compile, for faster steps after a first one that takes
             up to a minute, less where the cache has the kernels; other lengths cost nothing more. Only norms and MLPs
             where a family has its own attention or a router; not in layers whose plan is selective.
@@ -118,6 +122,7 @@ class CausalLMModule(L.LightningModule):
         lr_scheduler: Callable[[Optimizer, int], LRScheduler] | None = WarmupCosine,
         activation_checkpointing: Literal["none", "selective", "full", "offload", "auto"] = "full",
         fused_lora: bool | Literal["auto"] = "auto",
+        fused_elementwise: bool = True,
         compile_layers: bool = False,
         untrained_tokens: Literal["refuse", "auto", "ignore"] = "refuse",
         dtype: Literal["float32", "bfloat16", "float16"] | None = None,
@@ -145,6 +150,7 @@ class CausalLMModule(L.LightningModule):
         self.lr_scheduler = lr_scheduler
         self.activation_checkpointing = activation_checkpointing
         self.fused_lora = fused_lora
+        self.fused_elementwise = fused_elementwise
         self.compile_layers = compile_layers
         self.untrained_tokens = untrained_tokens
         self.base_dtype: torch.dtype | None = getattr(torch, dtype) if dtype else None
@@ -220,6 +226,8 @@ class CausalLMModule(L.LightningModule):
             self.model = attach_adapters(base, self.lora, token_ids_to_train=tokens)
         if self.fused_lora is True or (self.fused_lora == "auto" and base.device.type == "cuda"):
             fuse_lora_if_equal(self.model)
+        if self.fused_elementwise and not self.compile_layers and base.device.type == "cuda":
+            fuse_elementwise(self.model)
         self._hold_plan(self.layer_plan or "full")
         self._set_stop_tokens(base, data.stop_token_ids if data is not None else ())
         # Names are taken before a strategy wraps anything; wrapping renames parameters but not state_dict keys.

@@ -110,7 +110,7 @@ def _probe(base: Any, head: Head, isolates_documents: bool) -> tuple[bool, bool]
         the lengths or the positions it is given; recurrent and convolutional layers (Mamba, LFM2, ...) go on over the
         border.
     """
-    # A token that pads may have an embedding of zero, which carries nothing over the border: no two tokens are the same.
+    # No two tokens are the same: of one that pads, whose embedding may be zero, layers carry nothing over the border.
     ids_BL = torch.tensor([[3, 4, 5, 6, 7, 8, 9, 10]], device=head.output_embeddings.weight.device)  # type: ignore[arg-type]
     arguments: dict[str, Any] = {"position_ids": ids_BL.new_tensor([[0, 1, 2, 3, 0, 1, 2, 3]]), "use_cache": False}
     if isolates_documents:

@@ -15,6 +15,8 @@ from peft import PeftConfig
 
 from lightning_qlora.accounting import step_flops
 from lightning_qlora.checkpoints.adapter_folder import find_adapter
+from lightning_qlora.kernels.elementwise import fuse_elementwise
+from lightning_qlora.kernels.lora import fuse_lora
 from lightning_qlora.memory import PLANS, Device, MemoryModel, Plan, Sharding, build_optimizer, build_skeleton
 from lightning_qlora.memory import optimizer_memory as memory_of_optimizer
 from lightning_qlora.model import compute_dtype
@@ -175,11 +177,16 @@ class _Builder:
             dtype=self.dtype,
             trust_remote_code=module.trust_remote_code,
         )
+        on_gpu = self.device == "cuda"
+        if module.fused_lora is True or (module.fused_lora == "auto" and on_gpu):
+            fuse_lora(skeleton)
+        if module.fused_elementwise and on_gpu and not module.compile_layers:
+            fuse_elementwise(skeleton)
         optimizer: Any = build_optimizer(module.optimizer, skeleton)
         mixed = None if self.dtype is torch.float32 else self.dtype
         memory = MemoryModel(
             skeleton,
-            memory_of_optimizer(optimizer, on_gpu=self.device == "cuda"),
+            memory_of_optimizer(optimizer, on_gpu=on_gpu),
             device=self.device,
             autocast=mixed,
             accumulates=self.accumulates,

@@ -244,8 +244,10 @@ def test_the_operator_keeps_torchs_rules(tmp_path):
     x = torch.randn(5, a.shape[1], requires_grad=True)
     weights, constants, stored = [member.base_layer.weight.data], constants_of(state), ([2.0], 64, "nf4", False)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(lora_products._lora_low, (x, weights, constants, [a], [b], *stored), test_utils=tests)
-    low, *shapes = lora_products._lora_low(x, weights, constants, [a], [b], *stored)
+    torch.library.opcheck(
+        lora_products._lora_low, (x, weights, constants, [a], [b], *stored, "", [], []), test_utils=tests
+    )
+    low, *shapes = lora_products._lora_low(x, weights, constants, [a], [b], *stored, "", [], [])
     arguments = (x, low, shapes, weights, constants, [], [b], *stored)
     torch.library.opcheck(lora_products._lora_products, arguments, test_utils=tests)
 

@@ -119,8 +119,8 @@ def test_the_operators_keep_torchs_rules(tmp_path):
     )
     x = torch.randn(5, 64, requires_grad=True)
     stored, tests = ([2.0, 3.0], 64, "nf4", True), ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(lora_products._lora_low, (x, weights, constants, a, b, *stored), test_utils=tests)
-    low, *shapes = lora_products._lora_low(x, weights, constants, a, b, *stored)
+    torch.library.opcheck(lora_products._lora_low, (x, weights, constants, a, b, *stored, "", [], []), test_utils=tests)
+    low, *shapes = lora_products._lora_low(x, weights, constants, a, b, *stored, "", [], [])
     arguments = (x, low, shapes, weights, constants, [], b, *stored)
     torch.library.opcheck(lora_products._lora_products, arguments, test_utils=tests)
     heights = [each.shape[0] for each in b]
