@@ -1,11 +1,15 @@
-"""What all measurements here have in common: the rows that are trained on, and the shapes of the models.
+"""What all measurements here have in common: the rows that are trained on, the shapes of the models, what is reported.
 
 Nothing of this project and none of its peers is imported here, so that each starts as its users start it.
 """
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import random
+import statistics
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 GIB = 2**30
@@ -51,6 +55,13 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+def case_of(options: argparse.Namespace) -> Case:
+    """Return the case that a command line names, in miniature for a tiny shape."""
+    case = CASES[options.case]
+    shrink = SHRUNK if options.shape == "tiny" else 1
+    return case._replace(max_length=(options.max_length or case.max_length) // shrink, rows=options.rows or case.rows)
+
+
 def random_rows(case: Case, count: int, vocab: int) -> list[tuple[list[int], int]]:
     """Return rows of token ids and where in each the supervised tokens begin, the same ones for every trainer.
 
@@ -84,3 +95,36 @@ def _scale(case: Case) -> float:
 def _ids(source: random.Random, length: int, vocab: int) -> list[int]:
     low, high = (1000, 49000) if vocab > 49000 else (3, vocab)
     return [source.randrange(low, high) for _ in range(length)]
+
+
+def summary(seconds: Sequence[float], tokens: int, supervised: int) -> dict[str, Any]:
+    """Return the speed of some steps: what each took, and the tokens of all of them together."""
+    ordered, total = sorted(seconds), sum(seconds)
+    return {
+        "tok_s": round(tokens / total),
+        "sup_tok_s": round(supervised / total),
+        "tokens_per_step": round(tokens / len(ordered)),
+        "step_ms": {f"p{p}": round(1000 * ordered[round(p / 100 * (len(ordered) - 1))], 2) for p in (5, 50, 95)},
+        "mean_step_ms": round(1000 * statistics.mean(ordered), 2),
+    }
+
+
+def expand(words: Sequence[str]) -> list[list[str]]:
+    """Return one command for each combination of values, and for each part between the words ``then``.
+
+    ``run full2k --rows 1 2 then gate full2k`` is two runs and a gate.
+    """
+    commands = []
+    for is_border, part in itertools.groupby(words, "then".__eq__):
+        if is_border:
+            continue
+        first, *rest = part
+        groups: list[tuple[list[str], list[str]]] = [([], [])]
+        for word in rest:
+            if word.startswith("--"):
+                groups.append(([word], []))
+            else:
+                groups[-1][1].append(word)
+        choices = [[[*name, value] for value in values] or [name] for name, values in groups]
+        commands += [[first, *itertools.chain(*chosen)] for chosen in itertools.product(*choices)]
+    return commands

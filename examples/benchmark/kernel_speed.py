@@ -20,15 +20,12 @@ from typing import Any, NamedTuple
 
 import bitsandbytes.functional as bnb
 import torch
+from cases import SHAPES
 from torch import Tensor
 
 from lightning_qlora.kernels.dequantization import constants_of, dequantize_into, is_fast
 from lightning_qlora.kernels.lora_products import cheaper_ways
 
-SHAPES = {
-    "8b": {"hidden": 4096, "mlp": 14336, "keys": 1024},
-    "tiny": {"hidden": 128, "mlp": 256, "keys": 64},
-}
 BLOCKSIZE, QUANT_TYPE = 64, "nf4"
 
 
@@ -40,7 +37,17 @@ class Group(NamedTuple):
     widths: tuple[int, ...]
 
 
-def groups_of(hidden: int, mlp: int, keys: int) -> list[Group]:
+def sizes_of(shape: str) -> tuple[int, int, int]:
+    """Return the sizes of hidden states, of the MLP's and of all keys of a token."""
+    sizes = SHAPES[shape]
+    hidden, mlp, heads, key_heads = (
+        sizes[name] for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    )
+    return hidden, mlp, hidden // heads * key_heads
+
+
+def groups_of(shape: str) -> list[Group]:
+    hidden, mlp, keys = sizes_of(shape)
     return [
         Group("Q, K, V", hidden, (hidden, keys, keys)),
         Group("O", hidden, (hidden,)),
@@ -116,8 +123,8 @@ class Clock:
 
 
 def dequantisation_table(options: argparse.Namespace, clock: Clock) -> list[str]:
-    sizes = SHAPES[options.shape]
-    shapes = [(sizes["keys"], sizes["hidden"]), (sizes["hidden"],) * 2, (sizes["mlp"], sizes["hidden"])]
+    hidden, mlp, keys = sizes_of(options.shape)
+    shapes = [(keys, hidden), (hidden, hidden), (mlp, hidden)]
     lines = ["| matrix | bitsandbytes | | ours | | ours, in longer rows | |", "|---|---|---|---|---|---|---|"]
     for height, width in shapes:
         weights = random_weights(Group("", width, (height,)), options)
@@ -147,7 +154,7 @@ def run_forward(weights: Weights, scales: list[float], forward: bool, backward: 
     stored = scales, BLOCKSIZE, QUANT_TYPE
     operators = torch.ops.lightning_qlora
     low, *shapes = operators.lora_low(
-        weights.x, weights.packed, weights.constants, weights.a, weights.b, *stored, backward
+        weights.x, weights.packed, weights.constants, weights.a, weights.b, *stored, backward, "", [], []
     )
     outputs: list[Tensor] = operators.lora_products(
         weights.x, low, shapes, weights.packed, weights.constants, [], weights.b, *stored, forward
@@ -212,7 +219,7 @@ def main() -> None:
     print("\n".join(dequantisation_table(options, clock)))
     print("\n| ms | forward: bare | after | inside | backward: bare | after | inside | differ |")
     print("|---|---|---|---|---|---|---|---|")
-    for group in groups_of(**SHAPES[options.shape]):
+    for group in groups_of(options.shape):
         print(group_row(group, options, clock), flush=True)
 
 

@@ -18,14 +18,13 @@ STARTED = time.perf_counter()
 import argparse  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
-import statistics  # noqa: E402
 import sys  # noqa: E402
 import tempfile  # noqa: E402
 from contextlib import redirect_stdout  # noqa: E402
 from importlib.metadata import version  # noqa: E402
 from typing import Any  # noqa: E402
 
-from cases import CASES, GIB, SHAPES, SHRUNK, Case, random_pairs, random_rows  # noqa: E402
+from cases import CASES, GIB, SHAPES, Case, case_of, random_pairs, random_rows, summary  # noqa: E402
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -194,25 +193,16 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     on_gpu = options.device == "cuda"
-    shrink = SHRUNK if options.shape == "tiny" else 1
-    case = CASES[options.case]
-    case = case._replace(max_length=(options.max_length or case.max_length) // shrink, rows=options.rows or case.rows)
     with tempfile.TemporaryDirectory() as folder:
-        trainer, counter = make_trainer(options, case, folder)
+        trainer, counter = make_trainer(options, case_of(options), folder)
         built = time.perf_counter()
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         trainer.train()
-    seconds = counter.seconds[options.warmup :]
     tokens, supervised = (sum(each[options.warmup :]) for each in (counter.tokens, counter.supervised))
-    ordered = sorted(seconds)
     memory = {"peak_gib": round(torch.cuda.max_memory_allocated() / GIB, 2)} if on_gpu else {}
     return {
-        "tok_s": round(tokens / sum(seconds)),
-        "sup_tok_s": round(supervised / sum(seconds)),
-        "tokens_per_step": round(tokens / len(seconds)),
-        "step_ms": {f"p{p}": round(1000 * ordered[round(p / 100 * (len(ordered) - 1))], 2) for p in (5, 50, 95)},
-        "mean_step_ms": round(1000 * statistics.mean(seconds), 2),
+        **summary(counter.seconds[options.warmup :], tokens, supervised),
         **memory,
         "losses": [round(each["loss"], 4) for each in trainer.state.log_history if "loss" in each][:3],
         "build_s": round(built - STARTED, 2),
@@ -236,7 +226,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     runs.add_argument("--rank", type=int, default=16)
     runs.add_argument("--max_length", type=int)
     runs.add_argument("--rows", type=int)
-    runs.add_argument("--steps", type=int, default=14)
+    runs.add_argument("--steps", type=int, default=10)
     runs.add_argument("--warmup", type=int, default=4)
     for command in (makes, runs):
         command.add_argument("checkpoint")

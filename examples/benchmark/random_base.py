@@ -1,10 +1,10 @@
 """Bases with random NF4 weights, made layer by layer on the device that trains them; nothing is downloaded.
 
 Speed and memory do not depend on the weights' values, but rounding does. In trained networks each layer changes the
-residual stream a little; where every branch is as large as what it is added to, a deep network magnifies the rounding of
-bfloat16 from layer to layer, whatever computes it. So the matrices that write into the stream are smaller than the
+residual stream a little; where every branch is as large as what it is added to, a deep network magnifies the rounding
+of bfloat16 from layer to layer, whatever computes it. So the matrices that write into the stream are smaller than the
 others by the square root of how many there are, as GPT-2's initialisation has them, and embeddings are as large as
-normed states: by themselves, small branches would only be added to smaller embeddings.
+normed states: otherwise even the small branches would soon be all of the stream.
 """
 
 from __future__ import annotations

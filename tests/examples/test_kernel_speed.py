@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import re
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-SCRIPT = Path(__file__).parents[2] / "examples/benchmark/kernel_speed.py"
 TINY = ["--device", "cpu", "--shape", "tiny", "--tokens", "40", "--rank", "8", "--repeats", "2"]
 
 
 @pytest.fixture
-def kernels(monkeypatch):
-    spec = importlib.util.spec_from_file_location("benchmark_of_kernels", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
+def kernels(benchmark_scripts, monkeypatch):
+    module = importlib.import_module("kernel_speed")
     monkeypatch.setattr(sys, "argv", ["kernel_speed.py", *TINY])
     return module
 
