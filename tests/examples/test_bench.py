@@ -8,6 +8,7 @@ import math
 import sys
 
 import pytest
+import torch
 
 TINY = ["--device", "cpu", "--shape", "tiny", "--steps", "2", "--warmup", "1"]
 
@@ -17,11 +18,16 @@ def bench(benchmark_scripts):
     return importlib.import_module("bench")
 
 
-def run(bench, capsys, monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["bench.py", *arguments, *TINY])
+def run_all(bench, capsys, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["bench.py", *arguments])
     with pytest.raises(SystemExit) as end:
         bench.main()
-    return end.value.code, json.loads(capsys.readouterr().out)
+    return end.value.code, [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def run(bench, capsys, monkeypatch, *arguments):
+    code, (found,) = run_all(bench, capsys, monkeypatch, *arguments, *TINY)
+    return code, found
 
 
 @pytest.mark.parametrize(
@@ -37,7 +43,8 @@ def test_a_measurement(bench, capsys, monkeypatch, case, options):
     assert 0 < found["step_ms"]["p5"] <= found["step_ms"]["p50"] <= found["step_ms"]["p95"]
     assert len(found["losses"]) == 3
     if case == "full2k":
-        assert found["tokens_per_step"] == 4 * 2048 // bench.SHRUNK
+        assert found["tokens_per_step"] == 4 * 64
+        assert found["predicted_gib"] > 0
 
 
 @pytest.mark.parametrize("options", [["--plan", "none", "--fused_lora", "true"], ["--plan", "full"]])
@@ -46,14 +53,64 @@ def test_the_gate_passes_and_is_one(bench, capsys, monkeypatch, options):
     assert (code, found["passed"]) == (0, True)
     assert found["loss_difference"] < 1e-5
     assert found["worst_tensor_cosine"] > 0.9999
-    token_loss = bench.Module.token_loss
-
-    def leaking(self, batch):  # documents that read one another
-        return token_loss(self, {**batch, "document_lengths": (sum(batch["document_lengths"]),)})
-
-    monkeypatch.setattr(bench.Module, "token_loss", leaking)
+    assert found["plain_loss_difference"] < 1e-5
+    assert min(found["plain_gradient_cosine"], found["cosine_to_plain"]) > 0.9999
+    let_documents_read_one_another(monkeypatch)
     code, found = run(bench, capsys, monkeypatch, "gate", "chat2k_pack", *options)
     assert (code, found["passed"]) == (1, False)
+    assert found["plain_gradient_cosine"] > 0.9999 > found["cosine_to_plain"]
+
+
+def let_documents_read_one_another(monkeypatch):
+    kind = importlib.import_module("fits").Module
+    token_loss = kind.token_loss
+    monkeypatch.setattr(
+        kind, "token_loss", lambda self, b: token_loss(self, {**b, "document_lengths": (sum(b["document_lengths"]),)})
+    )
+
+
+def test_a_curve_is_that_of_plain_code_or_is_not(bench, capsys, monkeypatch):
+    arguments = ["curve", "chat2k_pack", "--lr", "5e-3", "--device", "cpu", "--shape", "tiny", "--steps", "16"]
+    code, (found,) = run_all(bench, capsys, monkeypatch, *arguments)
+    assert code == 0
+    assert len(found["losses"]) == len(found["plain_losses"]) == 16
+    assert sum(found["plain_losses"][-4:]) < sum(found["plain_losses"][:4]) - 0.2
+    assert found["largest_distance"] < 1e-4
+    let_documents_read_one_another(monkeypatch)
+    _, (other,) = run_all(bench, capsys, monkeypatch, *arguments)
+    assert other["plain_losses"] == pytest.approx(found["plain_losses"], abs=1e-3)
+    assert other["largest_distance"] > 1e-4
+
+
+def test_many_in_one_process(bench, capsys, monkeypatch):
+    measure = bench.measure
+
+    def out_of_memory(options):
+        if options.rows == 2:
+            raise torch.OutOfMemoryError("no more")
+        return measure(options)
+
+    monkeypatch.setattr(bench, "measure", out_of_memory)
+    code, found = run_all(
+        bench, capsys, monkeypatch, "run", "full2k", "--rows", "1", "2", "3", *TINY, "then", "run", "chat2k", *TINY
+    )
+    assert code == 1
+    assert [(each["case"], each["rows"]) for each in found] == [
+        ("full2k", 1), ("full2k", 2), ("full2k", 3), ("chat2k", None)
+    ]  # fmt: skip
+    assert [each.get("failed") for each in found] == [None, "OutOfMemoryError: no more", None, None]
+    _, alone = run(bench, capsys, monkeypatch, "run", "full2k", "--rows", "3")
+    assert alone["losses"] == found[2]["losses"]
+
+
+def test_commands_are_expanded(bench):
+    words = ["run", "full2k", "dpo", "--rows", "1", "2", "--compile_layers", "then", "gate", "--plan", "none"]
+    assert [" ".join(each) for each in bench.expand(words)] == [
+        "run full2k --rows 1 --compile_layers", "run full2k --rows 2 --compile_layers",
+        "run dpo --rows 1 --compile_layers", "run dpo --rows 2 --compile_layers", "gate --plan none",
+    ]  # fmt: skip
+    with pytest.raises(SystemExit):
+        bench.parse(["gate", "dpo"])
 
 
 def test_the_longest_context(bench, capsys, monkeypatch):
@@ -71,7 +128,7 @@ def test_pairs(bench, capsys, monkeypatch):
 
 def test_rows_are_the_same_each_time_and_of_chat_length(bench):
     case = bench.CASES["chat2k"]
-    one, two = (bench.make_documents(case, 50, 128256) for _ in range(2))
+    one, two = (importlib.import_module("fits").make_documents(case, 50, 128256) for _ in range(2))
     lengths = [len(row.input_ids) for row in one]
     assert all((a.input_ids == b.input_ids).all() for a, b in zip(one, two, strict=True))
     assert 32 <= min(lengths) < 300
