@@ -1,22 +1,31 @@
-"""Every measurement: own, peers and floor, each in a process of its own, and the page that shows them.
+"""Every measurement: own, peers and floor, and the page that shows them.
 
     python examples/benchmark/everything.py --out results.jsonl --checkpoint /tmp/base      # on a machine with one GPU
     python examples/benchmark/everything.py --out results.jsonl --groups gates speed --budget_s 560
     python examples/benchmark/report.py results.jsonl --output examples/benchmark/RESULTS.md
 
 Lines are added to the file as they are measured, and what is there already is not measured again: a run that was cut
-short goes on where it stopped. Rounds are interleaved, own and peers in turn, and the page shows their medians.
+short goes on where it stopped. Rounds are interleaved, own and peers in turn, and the page shows their medians: there,
+each measurement has a process of its own. Other groups share one, which imports its libraries once.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import json
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from cases import expand
 
 HERE = Path(__file__).parent
 
@@ -47,30 +56,34 @@ def _speed() -> list[Measurement]:
     return found
 
 
-_RUN = "bench.py run full2k"
+def _own(group: str, *commands: str) -> list[Measurement]:
+    """Own runs, one for each combination of values."""
+    return [Measurement(group, " ".join(["bench.py", *words])) for each in commands for words in expand(each.split())]
+
+
 MEASUREMENTS = [
-    *(Measurement("gates", f"bench.py gate {each}") for each in (
-        "full2k --plan none", "chat2k_pack --plan selective", "full2k --plan offload",
-        "chat2k_pack --plan none --compile_layers", "full2k --plan full --compile_layers",
-    )),
+    *_own(
+        "gates", "gate full2k --plan none offload", "gate chat2k_pack --plan selective",
+        "gate full2k --plan full --compile_layers", "gate chat2k_pack --plan none --compile_layers",
+    ),
+    *_own("curve", "curve full2k --plan none --rows 2 --steps 150"),
     Measurement("floor", "floor.py"),
     Measurement("floor", "kernel_speed.py"),
     Measurement("speed", "peers.py make CHECKPOINT"),
     *_speed(),
-    *(Measurement("variants", f"{_RUN} {each}") for each in (
-        "--plan full --compile_layers", "--plan none --compile_layers", "--plan full --fused_lora false",
-        "--plan none --fused_lora false", "--plan none --fused_lora false --compile_layers", "--plan selective",
-        "--plan offload", "--plan auto", "--plan auto --cap_gib 24", "--plan auto --cap_gib 16",
-        "--plan auto --cap_gib 8",
-    )),
-    *(Measurement("variants", f"bench.py run chat2k_pack --plan {plan} --compile_layers") for plan in ("full", "none")),
-    *(Measurement("context", f"bench.py context --cap_gib {cap}") for cap in (8, 24, 80)),
-    *(Measurement("growth", f"{_RUN} --plan full --rows {rows} --steps 8") for rows in (1, 2, 8, 16, 32)),
-    Measurement("growth", f"{_RUN} --plan full --rows 1 --max_length 1024 --steps 8"),
-    *(Measurement("growth", f"{_RUN} --plan offload --rows 1 --max_length {1024 * k} --steps 4")
-      for k in (1, 4, 16, 32, 64, 128)),
-    *(Measurement("growth", f"{_RUN} --plan full --rank {rank} --steps 8") for rank in (8, 32, 64, 128)),
-    *(Measurement("growth", f"{_RUN} --plan full --shape {shape} --steps 6") for shape in ("0.5b", "14b", "70b")),
+    *_own(
+        "variants", "run full2k --plan full none --compile_layers", "run chat2k_pack --plan none --compile_layers",
+        "run full2k --plan full none --fused_lora false", "run full2k --plan selective offload",
+        "run full2k --plan auto --cap_gib 24 8",
+    ),
+    *_own("context", "context --cap_gib 8 24"),
+    *_own(  # rows: with the 4 of speed, 2,048 to 65,536 tokens a batch
+        "growth", "run full2k --plan full --rows 1 8 32 --steps 4 --warmup 2",
+        "run full2k --plan offload --rows 1 --max_length 4096 16384 65536 --steps 2 --warmup 1",
+        "run full2k --plan full --rank 64 --steps 6 --warmup 2",
+        "run full2k --plan full --shape 0.5b 14b --steps 6 --warmup 2",
+        "run full2k --plan full --shape 70b --rows 1 --steps 3 --warmup 1",
+    ),
 ]  # fmt: skip
 GROUPS = tuple(dict.fromkeys(each.group for each in MEASUREMENTS))
 
@@ -82,40 +95,100 @@ def plan(groups: list[str], rounds: int) -> list[tuple[int, Measurement]]:
     return [(0, each) for each in chosen] + later
 
 
-def measure(command: str, options: argparse.Namespace) -> dict[str, object]:
-    """Run one measurement; what goes wrong is part of the record."""
-    words = command.replace("CHECKPOINT", options.checkpoint).split()
-    arguments = [sys.executable, str(HERE / words[0]), *words[1:], *options.extra]
+def batches(planned: list[tuple[int, Measurement]]) -> list[list[tuple[int, Measurement]]]:
+    """Return what runs in one process: own measurements of a group that is not repeated, and anything else alone."""
+
+    def process(numbered: tuple[int, tuple[int, Measurement]]) -> object:
+        index, (_, each) = numbered
+        return each.group if each.command.startswith("bench.py") and not each.repeated else index
+
+    return [[item for _, item in items] for _, items in itertools.groupby(enumerate(planned), process)]
+
+
+def measure(commands: list[str], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Run commands of one script in one process, and yield what each found as soon as it is known.
+
+    What goes wrong is part of the record; if the process ends early, that of the first that did not run is the last.
+    """
+    script, words = commands[0].split()[0], []
+    for command in commands:
+        words += ["then", *command.replace("CHECKPOINT", options.checkpoint).split()[1:], *options.extra]
+    arguments = [sys.executable, str(HERE / script), *words[1:]]
+    late: list[bool] = []
+    found, other = 0, []
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
+    ):
+        try:
+            while line := _next_line(process, options.timeout_s, late):
+                if line.startswith("{"):
+                    found += 1
+                    result = json.loads(line)
+                    yield result | ({} if result.get("passed", True) else {"failed": "the check"})
+                else:
+                    other.append(line)
+        except GeneratorExit:
+            process.kill()
+            raise
+        code = process.wait()
+        errors.seek(0)
+        said = errors.read().strip().splitlines()[-6:]
+    if late:
+        yield {"failed": f"more than {options.timeout_s:g} s", "stderr": said}
+    elif other and not found and not code:
+        yield {"markdown": "".join(other)}
+    elif found < len(commands):
+        yield {"failed": code, "stderr": said}
+
+
+def _next_line(process: subprocess.Popen[str], seconds: float, late: list[bool]) -> str:
+    """Return the next line, or nothing where the process ends or has to be ended."""
+    assert process.stdout is not None
+
+    def end() -> None:
+        late.append(True)
+        process.kill()
+
+    watch = threading.Timer(seconds, end)
+    watch.start()
     try:
-        done = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=options.timeout_s)
-    except subprocess.TimeoutExpired:
-        return {"failed": f"more than {options.timeout_s} s"}
-    lines = done.stdout.strip().splitlines()
-    if not lines or (done.returncode and not lines[-1].startswith("{")):
-        return {"failed": done.returncode, "stderr": done.stderr.strip().splitlines()[-6:]}
-    if lines[-1].startswith("{"):
-        return dict(json.loads(lines[-1])) | ({"failed": done.returncode} if done.returncode else {})
-    return {"markdown": done.stdout}
+        return process.stdout.readline()
+    finally:
+        watch.cancel()
 
 
 def run(options: argparse.Namespace) -> int:
     """Measure what is not in the file yet; return how many failed."""
-    begun, failed = time.monotonic(), 0
+    begun, failed, took = time.monotonic(), 0, defaultdict[str, float](float)
     known = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
     done = {(each["round"], each["command"]) for each in known if "failed" not in each}
-    for number, each in plan(options.groups, options.rounds):
-        if each.command.startswith("peers.py make") and Path(options.checkpoint).exists():
-            continue
-        if (number, each.command) in done:
-            continue
-        if time.monotonic() - begun > options.budget_s:
-            print(f"The budget of {options.budget_s} s is spent; run it again to go on.", file=sys.stderr)
+    waiting = [item for item in plan(options.groups, options.rounds) if (item[0], item[1].command) not in done]
+    if Path(options.checkpoint).exists():
+        waiting = [item for item in waiting if not item[1].command.startswith("peers.py make")]
+    queue = batches(waiting)
+    while queue:
+        items, last = queue.pop(0), time.monotonic()
+        if last - begun > options.budget_s:
+            print(f"The budget of {options.budget_s:g} s is spent; run it again to go on.", file=sys.stderr)
             break
-        record = {"round": number, "group": each.group, "command": each.command, **measure(each.command, options)}
-        failed += "failed" in record
-        print(json.dumps(record), flush=True)
-        with options.out.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        count = 0
+        with contextlib.closing(measure([each.command for _, each in items], options)) as found:
+            for (number, each), result in zip(items, found, strict=False):
+                now, count = time.monotonic(), count + 1
+                took[each.group] += now - last
+                record = {"round": number, "group": each.group, "command": each.command, "took_s": round(now - last, 1)}
+                record, last = record | result, now
+                failed += "failed" in record
+                print(json.dumps(record), flush=True)
+                with options.out.open("a") as file:
+                    file.write(json.dumps(record) + "\n")
+                if now - begun > options.budget_s:
+                    break
+        if count and items[count:]:  # in a new process
+            queue.insert(0, items[count:])
+    for group, seconds in took.items():
+        print(f"{group} took {seconds:.0f} s.", file=sys.stderr)
     return failed
 
 

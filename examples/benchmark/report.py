@@ -90,18 +90,38 @@ def speed(records: list[Record], floor: Record | None) -> list[str]:
 def gates(records: list[Record]) -> list[str]:
     """Draw how far each path is from float32."""
     rows = [[f"`{r['command'].removeprefix('bench.py gate ')}`", f"{r['loss_difference']:.1e}",
-             f"{r['gradient_cosine']:.6f}", "yes" if r["passed"] else "**no**"]
+             f"{r['gradient_cosine']:.6f}", f"{r['plain_loss_difference']:.1e}", f"{r['plain_gradient_cosine']:.6f}",
+             f"{r['cosine_to_plain']:.6f}", "yes" if r["passed"] else "**no**"]
             for r in records if r["group"] == "gates" and "passed" in r]  # fmt: skip
-    head = ["path", "loss differs by", "cosine of the gradients", "passed"]
+    head = ["path", "loss differs by", "cosine of the gradients", "plain code: loss", "plain code: cosine",
+            "cosine to plain code", "passed"]  # fmt: skip
     return ["## The first step against float32, unpacked", "", *_table(head, rows)] if rows else []
+
+
+def curves(records: list[Record]) -> list[str]:
+    """Draw where the losses of many steps begin and end, beside those of plain code."""
+    rows = [[f"`{r['command'].removeprefix('bench.py ')}`", len(r["losses"]), f"{r['losses'][0]:.3f}",
+             f"{r['losses'][-1]:.3f}", f"{r['plain_losses'][-1]:.3f}", f"{r['largest_distance']:.2%}"]
+            for r in records if "plain_losses" in r]  # fmt: skip
+    head = ["training", "steps", "first loss", "last loss", "of plain code", "largest distance of means over 10 steps"]
+    return ["## Losses beside plain code", "", *_table(head, rows)] if rows else []
+
+
+def peaks(records: list[Record]) -> list[str]:
+    """Draw what the memory model says of each run beside what it took."""
+    rows = [[f"`{r['command'].removeprefix('bench.py run ')}`", r["plan_used"], f"{r['predicted_gib']:.2f}",
+             f"{r['peak_gib']:.2f}", f"{r['predicted_gib'] / r['peak_gib'] - 1:+.1%}"]
+            for r in records if _is_own(r) and "predicted_gib" in r and "peak_gib" in r]  # fmt: skip
+    head = ["run", "plan", "predicted GiB", "real GiB", "prediction is off by"]
+    return ["## Predicted and real peak", "", *_table(head, rows)] if rows else []
 
 
 def variants(records: list[Record]) -> list[str]:
     """Draw everything else that trains, by its command."""
     rows = [[f"`{r['command'].removeprefix('bench.py run ')}`", r["plan_used"], _figure(r["tok_s"]),
-             _figure(r.get("peak_gib"), 2), _figure(r["build_s"] + r["import_s"] + r["first_step_s"], 1)]
+             _figure(r.get("peak_gib"), 2), _figure(r["build_s"] + r["first_step_s"], 1)]
             for r in records if r["group"] in ("variants", "growth") and "tok_s" in r]  # fmt: skip
-    head = ["run", "plan", "tokens/s", "peak GiB", "seconds to the first step"]
+    head = ["run", "plan", "tokens/s", "peak GiB", "seconds to the end of step 1"]
     return ["## Variants and growth", "", *_table(head, rows)] if rows else []
 
 
@@ -155,10 +175,22 @@ def draw(records: list[Record], floor: Record | None, folder: Path) -> list[str]
             axes.set_ylim(bottom=0)
             axes.grid(alpha=0.3)
             shown.append(_save(figure, folder, name, title))
+    shown += [_draw_curve(pyplot, r, folder) for r in records if "plain_losses" in r][:1]
     own = next((r for r in records if r["command"] == "bench.py run full2k --plan none" and "mean_step_ms" in r), None)
     if floor is not None and own is not None and floor["shape"] == own["shape"]:
         shown.append(_draw_breakdown(pyplot, floor, own, folder))
     return [*shown, ""] if shown else []
+
+
+def _draw_curve(pyplot: Any, record: Record, folder: Path) -> str:
+    figure, axes = pyplot.subplots(figsize=(6, 3.4), layout="constrained")
+    axes.plot(record["plain_losses"], label="plain code", linewidth=3, alpha=0.4)
+    axes.plot(record["losses"], label="lightning_qlora", linewidth=1)
+    title = f"Loss of {len(record['losses'])} steps from the same start ({record['shape']})"
+    axes.set(title=title, xlabel="step", ylabel="nats a token")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    return _save(figure, folder, "curve", title)
 
 
 def _draw_breakdown(pyplot: Any, floor: Record, own: Record, folder: Path) -> str:
@@ -203,8 +235,9 @@ def render(records: list[Record], folder: Path) -> str:
     if floor is not None:
         lines += [f"The floor (products, dequantisation and attention alone): {floor['tok_s_full']:,} tokens/s with "
                   f"recomputation, {floor['tok_s_none']:,} without.", ""]  # fmt: skip
-    for part in (speed(records, floor), gates(records), contexts(records), variants(records), kernels(records)):
-        lines += part
+    lines += speed(records, floor)
+    for part in (gates, curves, contexts, variants, peaks, kernels):
+        lines += part(records)
     return "\n".join([*lines, *draw(records, floor, folder), *failures(records)]).rstrip() + "\n"
 
 

@@ -6,7 +6,6 @@ import contextlib
 import importlib
 import json
 import shlex
-import subprocess
 import sys
 
 import pytest
@@ -41,37 +40,74 @@ def test_rounds_repeat_own_and_peers_in_turn(everything):
     assert not {"floor.py", "peers.py make CHECKPOINT"} & set(again)
 
 
-def test_a_run_goes_on_where_it_stopped_and_after_a_failure(everything, monkeypatch, tmp_path, capsys):
-    asked = []
+def test_own_measurements_of_a_group_share_a_process_and_repeated_ones_do_not(everything):
+    together = everything.batches(everything.plan(list(everything.GROUPS), 2))
+    for each in together:
+        assert len(each) == 1 or {m.group for _, m in each} < {"gates", "curve", "variants", "context", "growth"}
+    names = [each[0][1].group for each in together]
+    assert [names.count(name) for name in ("gates", "curve", "variants", "context", "growth")] == [1] * 5
+    assert sum(map(len, together)) == len(everything.plan(list(everything.GROUPS), 2))
 
-    def measure(command, options):
-        asked.append(command)
-        return {"failed": 1} if "none" in command and len(asked) < 4 else {"tok_s": 1}
 
-    monkeypatch.setattr(everything, "measure", measure)
-    arguments = ["--out", str(tmp_path / "r.jsonl"), "--groups", "gates"]
+FAKE = """
+import json, pathlib, sys
+mood = pathlib.Path(__file__).with_suffix(".mood")
+for command in " ".join(sys.argv[1:]).split(" then "):
+    if "--compile_layers" in command and mood.read_text() == "bad":
+        print("Segmentation fault", file=sys.stderr)
+        sys.exit(3)
+    print(json.dumps({"asked": command}), flush=True)
+"""
+
+
+@pytest.fixture
+def fake(everything, monkeypatch, tmp_path):
+    """A bench.py that ends early at the first compiled measurement, while its mood is bad."""
+    (tmp_path / "bench.py").write_text(FAKE)
+    (tmp_path / "bench.mood").write_text("bad")
+    monkeypatch.setattr(everything, "HERE", tmp_path)
+    return tmp_path
+
+
+def test_a_run_goes_on_where_it_stopped_and_after_a_failure(everything, fake, tmp_path, capsys):
+    out = tmp_path / "r.jsonl"
+    arguments = ["--out", str(out), "--groups", "gates", *EXTRA]
     assert everything.run(everything.parse([*arguments, "--budget_s", "-1"])) == 0
-    assert asked == []
-    assert everything.run(everything.parse(arguments)) == 2 - asked[:3].count("bench.py gate full2k --plan offload")
-    failed = [r["command"] for r in map(json.loads, (tmp_path / "r.jsonl").read_text().splitlines()) if "failed" in r]
-    asked.clear()
-    asked += ["", "", ""]
+    assert not out.exists()
+    assert everything.run(everything.parse(arguments)) == 2
+    assert "gates took" in capsys.readouterr().err
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [r["command"] for r in records] == [m.command for m in everything.MEASUREMENTS if m.group == "gates"]
+    for record in records:
+        if "--compile_layers" in record["command"]:
+            assert record["failed"] == 3
+            assert record["stderr"] == ["Segmentation fault"]
+        else:
+            assert record["asked"] == f"{record['command'].removeprefix('bench.py ')} {' '.join(EXTRA)}"
+    (tmp_path / "bench.mood").write_text("good")
     assert everything.run(everything.parse(arguments)) == 0
-    assert asked[3:] == failed != []
+    again = [json.loads(line)["command"] for line in out.read_text().splitlines()][len(records) :]
+    assert again == [record["command"] for record in records if "failed" in record] != []
 
 
 def test_what_a_script_prints_is_kept(everything, monkeypatch, tmp_path):
-    options = everything.parse(["--out", str(tmp_path / "r.jsonl")])
+    options = everything.parse(["--out", str(tmp_path / "r.jsonl"), "--timeout_s", "60"])
+    monkeypatch.setattr(everything, "HERE", tmp_path)
 
-    def ran(returncode, stdout):
-        done = subprocess.CompletedProcess([], returncode, stdout, "one\ntwo")
-        monkeypatch.setattr(everything.subprocess, "run", lambda *_, **__: done)
-        return everything.measure("floor.py", options)
+    def ran(code, *lines, wait=0):
+        said = "\n".join(f"print({line!r}, flush=True)" for line in lines)
+        script = (
+            f"import sys, time\n{said}\nprint('one\\ntwo', file=sys.stderr)\ntime.sleep({wait})\nsys.exit({code})\n"
+        )
+        (tmp_path / "floor.py").write_text(script)
+        return list(everything.measure(["floor.py"], options))
 
-    assert ran(0, 'noise\n{"tok_s": 1}\n') == {"tok_s": 1}
-    assert ran(1, '{"passed": false}') == {"passed": False, "failed": 1}
-    assert ran(0, "| a |\n") == {"markdown": "| a |\n"}
-    assert ran(2, "half a table\n") == ran(2, "") == {"failed": 2, "stderr": ["one", "two"]}
+    assert ran(0, "noise", '{"tok_s": 1}') == [{"tok_s": 1}]
+    assert ran(1, '{"passed": false}') == [{"passed": False, "failed": "the check"}]
+    assert ran(0, "| a |", "| b |") == [{"markdown": "| a |\n| b |\n"}]
+    assert ran(2, "half a table") == ran(2) == [{"failed": 2, "stderr": ["one", "two"]}]
+    options.timeout_s = 1
+    assert ran(0, '{"tok_s": 1}', wait=30) == [{"tok_s": 1}, {"failed": "more than 1 s", "stderr": ["one", "two"]}]
 
 
 @pytest.mark.filterwarnings("ignore")  # the peer's own
@@ -110,7 +146,8 @@ def test_the_page_shows_medians_ratios_and_failures(report, tmp_path):
     own = {"what": "run", "case": "full2k", "plan": "none", "plan_used": "none", "sup_tok_s": 5, "peak_gib": 30.0,
            "mean_step_ms": 500.0, "build_s": 1, "import_s": 1, "first_step_s": 1, "shape": "8b", "rank": 16,
            "fused_lora": "auto", "compile_layers": False, "cap_gib": None, "rows": None, "max_length": None,
-           "tokens_per_step": 8192, "device_name": "a GPU", "torch": "2.11", "group": "speed"}  # fmt: skip
+           "predicted_gib": 33.0, "tokens_per_step": 8192, "device_name": "a GPU", "torch": "2.11",
+           "group": "speed"}  # fmt: skip
     peer = {"what": "run", "peer": "unsloth", "case": "full2k", "plan": "none", "sup_tok_s": 4, "peak_gib": 35.0,
             "group": "speed", "round": 0, "command": "peers.py run unsloth full2k --plan none CHECKPOINT"}  # fmt: skip
     parts = {f"{name}_ms": 1.0 for name in ("products_forward", "products_backward", "dequantisation",
@@ -124,6 +161,11 @@ def test_the_page_shows_medians_ratios_and_failures(report, tmp_path):
         {**own, "command": "bench.py run full2k --plan full --rows 8", "plan": "full", "round": 0, "tok_s": 95,
          "tokens_per_step": 16384, "group": "growth"},
         {**peer, "tok_s": 100},
+        {"command": "bench.py gate full2k", "group": "gates", "round": 0, "passed": True, "loss_difference": 1e-4,
+         "gradient_cosine": 0.9995, "plain_loss_difference": 2e-4, "plain_gradient_cosine": 0.9994,
+         "cosine_to_plain": 0.9996},
+        {"command": "bench.py curve full2k", "group": "curve", "round": 0, "shape": "0.5b", "losses": [3.0, 1.0],
+         "plain_losses": [3.0, 1.1], "largest_distance": 0.05},
         {"command": "kernel_speed.py", "group": "floor", "round": 0, "markdown": "| Q, K, V | 1.0 |\n"},
         {**floor, **parts},
         {"command": "bench.py gate full2k --plan offload", "group": "gates", "round": 0, "failed": 1, "stderr": ["no"]},
@@ -136,6 +178,9 @@ def test_the_page_shows_medians_ratios_and_failures(report, tmp_path):
     assert "| 4 x 2,048 tokens | none | unsloth | 100 | 4 | 35.00 |  | 50% |" in page
     assert "| `bench.py gate full2k --plan offload` | ['no'] |" in page
     assert "## Kernels one by one\n\n| Q, K, V | 1.0 |" in page
-    for plot in ("tokens", "breakdown"):
+    assert "| `full2k` | 1.0e-04 | 0.999500 | 2.0e-04 | 0.999400 | 0.999600 | yes |" in page
+    assert "| `curve full2k` | 2 | 3.000 | 1.000 | 1.100 | 5.00% |" in page
+    assert "| `full2k --plan none` | none | 33.00 | 30.00 | +10.0% |" in page
+    for plot in ("tokens", "breakdown", "curve"):
         assert f"(results_{plot}.svg)" in page
         assert "<svg" in (tmp_path / f"results_{plot}.svg").read_text()
