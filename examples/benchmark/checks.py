@@ -48,14 +48,14 @@ def gate(options: argparse.Namespace) -> dict[str, Any]:
         steps.append(_plain_step(options, batch, adapters, exact))
     plain, expected = steps
     difference, cosine = abs(own.loss - expected.loss), _cosine(own, expected)
-    each = (cosine_similarity(own.gradients[n].flatten(), g.flatten(), 0) for n, g in expected.gradients.items())
     return {
         "loss": round(expected.loss, 5),
         "loss_difference": difference,
         "gradient_cosine": cosine,
-        "worst_tensor_cosine": min(each).item(),
+        "worst_tensor_cosine": _worst_cosine(own, expected),
         "plain_loss_difference": abs(plain.loss - expected.loss),
         "plain_gradient_cosine": _cosine(plain, expected),
+        "plain_worst_tensor_cosine": _worst_cosine(plain, expected),
         "cosine_to_plain": _cosine(own, plain),
         "fused": fused,
         "passed": difference <= 1e-3 and cosine >= 0.999,  # NaN never passes
@@ -100,6 +100,11 @@ def _cosine(one: Step, two: Step) -> float:
     assert one.gradients.keys() == two.gradients.keys()
     flat = (torch.cat([step.gradients[name].flatten() for name in two.gradients]) for step in (one, two))
     return cosine_similarity(*flat, 0).item()
+
+
+def _worst_cosine(one: Step, two: Step) -> float:
+    each = (cosine_similarity(one.gradients[n].flatten(), g.flatten(), 0) for n, g in two.gradients.items())
+    return min(each).item()
 
 
 def _free() -> None:
