@@ -21,10 +21,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, TypedDict, get_args, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias, TypedDict, get_args, runtime_checkable
 
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    from torch import Tensor  # processes that only tokenise are spared the second that it takes
 
 __all__ = [
     "IGNORE_INDEX",

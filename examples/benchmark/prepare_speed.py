@@ -26,8 +26,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 from transformers import PreTrainedTokenizerBase
 
 from lightning_qlora.data.chat_template import ChatTemplate
+from lightning_qlora.data.encoding import RowEncoder
 from lightning_qlora.data.packing import pack_documents
-from lightning_qlora.data.preparation import CHUNK_ROWS, RowEncoder, prepare
+from lightning_qlora.data.preparation import CHUNK_ROWS, prepare
 from lightning_qlora.data.sources import as_sources, read_rows
 from lightning_qlora.pretrained import load_tokenizer
 

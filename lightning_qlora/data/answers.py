@@ -9,9 +9,9 @@ from typing import NamedTuple
 from typing_extensions import override
 
 from lightning_qlora.data.chat_template import ChatTemplate
-from lightning_qlora.data.collators import AnswerKind
+from lightning_qlora.data.documents import AnswerKind
+from lightning_qlora.data.encoding import RowEncoder
 from lightning_qlora.data.formats import Task
-from lightning_qlora.data.preparation import RowEncoder
 from lightning_qlora.data.truncation import (
     Outcome,
     OverlongPolicy,

@@ -21,9 +21,9 @@ from lightning_qlora.checkpoints.run_record import plain_values
 from lightning_qlora.data.batching import Batching
 from lightning_qlora.data.chat_template import ChatTemplate
 from lightning_qlora.data.collators import PromptCollator
+from lightning_qlora.data.encoding import RowEncoder
 from lightning_qlora.data.loading import BatchDataset, EpochSampler, ResumableLoader, pass_through
 from lightning_qlora.data.packing import BatchPlan, IntArray
-from lightning_qlora.data.preparation import RowEncoder
 from lightning_qlora.data.prepared import Documents
 from lightning_qlora.data.prompts import Prompt, read_prompts
 from lightning_qlora.data.report import PreparationReport

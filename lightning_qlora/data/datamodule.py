@@ -13,7 +13,7 @@ from typing_extensions import override
 from lightning_qlora.checkpoints.loop_state import count_batches
 from lightning_qlora.data.chat_datamodule import PreparedDataModule
 from lightning_qlora.data.chat_template import ChatTemplate, Supervise
-from lightning_qlora.data.preparation import RowEncoder
+from lightning_qlora.data.encoding import RowEncoder
 from lightning_qlora.data.report import SourceReport
 from lightning_qlora.data.resume import gather_states
 from lightning_qlora.data.sources import Sources

@@ -7,38 +7,30 @@ The result is cached under a key of everything it depends on, so it can be neith
 from __future__ import annotations
 
 import gc
-import hashlib
+import itertools
 import json
 import os
 import shutil
 import uuid
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache
-from multiprocessing import get_context
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import tokenizers
-import transformers
 from filelock import FileLock, Timeout
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from lightning_qlora.data.chat_template import ChatTemplate
-from lightning_qlora.data.collators import Document
-from lightning_qlora.data.formats import ParsedRow, Task
+from lightning_qlora.data.encoding import RowEncoder, StoredChunk, digest
+from lightning_qlora.data.formats import ParsedRow
 from lightning_qlora.data.prepared import DOCUMENTS_FILE, DocumentWriter, PreparedDocuments
 from lightning_qlora.data.report import PreparationReport, SourceReport
 from lightning_qlora.data.sources import DataSource, Sources, as_sources, read_rows, source_fingerprint
-from lightning_qlora.data.truncation import Fitted, OverlongPolicy, fit_rows
-from lightning_qlora.schema import Completion, Origin, RowRefused
+from lightning_qlora.data.workers import encode_in_workers
+from lightning_qlora.schema import Completion, RowRefused
 
-__all__ = ["Prepared", "RowEncoder", "prepare"]
+__all__ = ["CHUNK_ROWS", "Prepared", "prepare"]
 
 MANIFEST_FILE = "manifest.json"
 
@@ -46,64 +38,6 @@ CHUNK_ROWS = 2048
 """Most rows that are tokenised together and written as one record batch; a quarter of it costs a tenth of the speed."""
 CHUNK_CHARACTERS = 2**22
 """Characters after which a chunk of longer rows ends; a token takes some hundred bytes until it is written."""
-
-
-class EncodedChunk(NamedTuple):
-    """Some rows of one source after tokenising: the usable ones as documents with their places, all of them counted."""
-
-    part: int
-    documents: list[Document]
-    origins: list[Origin]
-    report: SourceReport
-
-
-@dataclass(frozen=True)
-class RowEncoder:
-    """Turns rows into documents; pickles, so that worker processes can do it too.
-
-    Args:
-        chat: The chat template.
-        max_length: Most tokens of a document.
-        overlong: What happens to longer rows.
-    """
-
-    chat: ChatTemplate
-    max_length: int = 2048
-    overlong: OverlongPolicy = "drop_oldest_turns"
-
-    @property
-    def task(self) -> Task:
-        """What the rows are read for."""
-        return "sft"
-
-    def fit(self, rows: Sequence[Any], max_length: int) -> Sequence[Fitted]:
-        """Tokenise rows of the task, and bring those that are too long down to a limit."""
-        return fit_rows(self.chat, rows, max_length, self.overlong)
-
-    def __call__(self, part: int, rows: Sequence[ParsedRow]) -> EncodedChunk:
-        """Encode rows of the source ``part``, in their order."""
-        report = SourceReport("")
-        documents, origins = [], []
-        for fitted in self.fit(rows, self.max_length):
-            report.add(fitted)
-            for encoded, kind in fitted.documents:
-                documents.append(Document.from_row(encoded, -1, kind))
-                origins.append(encoded.origin)
-        return EncodedChunk(part, documents, origins, report)
-
-    def identity(self) -> dict[str, str]:
-        """Return a hash of each thing that the tokens of a row depend on, by name."""
-        chat, tokenizer = self.chat, self.chat.tokenizer
-        special = {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())}
-        return {
-            "task": self.task,
-            "tokenizer": _digest(tokenizer.backend_tokenizer.to_str(), special),
-            "chat_template": _digest(tokenizer.chat_template, chat.template_kwargs),
-            "length_and_supervision_policy": _digest(
-                self.max_length, self.overlong, chat.supervise, sorted(chat.content_tokens)
-            ),
-            "code": _code_digest(),
-        }
 
 
 class Prepared(NamedTuple):
@@ -140,8 +74,8 @@ def prepare(
         sources: What to read.
         encoder: How a row becomes tokens.
         cache_dir: The folder of prepared sets.
-        num_proc: Worker processes that tokenise; 1 does it in this process (on the tokenizer's own threads). With
-            more, a script of your own needs ``if __name__ == "__main__":``, because the workers import it.
+        num_proc: Most worker processes that tokenise; 1 does it in this process (on the tokenizer's own threads), and
+            so do more for a few thousand rows, which take less time than workers need to start.
         max_invalid_fraction: Largest share of refused rows, from 0 to 1.
         name: What the progress bar calls it.
 
@@ -150,8 +84,8 @@ def prepare(
             table of reasons.
     """
     parts = as_sources(sources)
-    identity = {"data": _digest([source_fingerprint(part) for part in parts]), **encoder.identity()}
-    fingerprint = _digest(identity)
+    identity = {"data": digest([source_fingerprint(part) for part in parts]), **encoder.identity()}
+    fingerprint = digest(identity)
     folder = cache_dir / fingerprint
     prepared = _open(folder)
     if prepared is None:
@@ -287,10 +221,11 @@ def _write_documents(
                     yield part, rows
 
         try:
-            for chunk in _encode_in_order(chunks(), encoder, num_proc):
-                writer.write(chunk.documents, chunk.origins, chunk.part)
-                report.sources[chunk.part].merge(chunk.report)
-                progress.update(chunk.report.rows_read)
+            with closing(_encode_in_order(chunks(), encoder, num_proc)) as encoded:
+                for chunk in encoded:
+                    writer.write(chunk.batch)
+                    report.sources[chunk.part].merge(chunk.report)
+                    progress.update(chunk.report.rows_read)
         finally:
             writer.close()
     return writer.sources
@@ -324,53 +259,34 @@ def _older_objects_frozen() -> Iterator[None]:
 
 def _encode_in_order(
     chunks: Iterable[tuple[int, list[ParsedRow]]], encoder: RowEncoder, num_proc: int
-) -> Iterator[EncodedChunk]:
-    """Encode the chunks, here or in worker processes, and yield them in their order.
+) -> Generator[StoredChunk, None, None]:
+    """Encode the chunks, here or in worker processes, and yield them in their order."""
+    chunks = iter(chunks)
+    ahead: list[tuple[int, list[ParsedRow]]] = []
+    if num_proc > 1 and _is_much(chunks, ahead):
+        yield from encode_in_workers(itertools.chain(ahead, chunks), encoder, num_proc)
+    else:
+        for part, rows in itertools.chain(ahead, chunks):
+            yield encoder.store(part, rows)
 
-    At most twice as many chunks as workers are under way, so memory does not grow with the data.
+
+def _is_much(chunks: Iterator[tuple[int, list[ParsedRow]]], ahead: list[tuple[int, list[ParsedRow]]]) -> bool:
+    """Return whether the chunks hold more than is encoded here in the time that workers take to start.
+
+    Args:
+        chunks: What is still to be read.
+        ahead: What was read of it to find out, in order.
     """
-    if num_proc <= 1:
-        for part, rows in chunks:
-            yield encoder(part, rows)
-        return
-    pending: deque[Future[EncodedChunk]] = deque()
-    with ProcessPoolExecutor(num_proc, get_context("spawn"), _start_worker, (encoder,)) as pool:
-        for part, rows in chunks:
-            pending.append(pool.submit(_encode_in_worker, part, rows))
-            if len(pending) >= 2 * num_proc:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-
-
-_worker_encoder: RowEncoder | None = None
-
-
-def _start_worker(encoder: RowEncoder) -> None:
-    global _worker_encoder
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
-    _worker_encoder = encoder
-    gc.freeze()
-
-
-def _encode_in_worker(part: int, rows: list[ParsedRow]) -> EncodedChunk:
-    assert _worker_encoder is not None
-    return _worker_encoder(part, rows)
+    num_rows = num_characters = 0
+    for part, rows in chunks:
+        ahead.append((part, rows))
+        num_rows += len(rows)
+        num_characters += sum(map(_count_characters, rows))
+        if num_rows > 2 * CHUNK_ROWS or num_characters > 2 * CHUNK_CHARACTERS:
+            return True
+    return False
 
 
 def _flush_to_disk(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
-
-
-def _digest(*values: Any) -> str:
-    text = json.dumps(values, sort_keys=True, ensure_ascii=False, default=str)
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
-
-
-@cache
-def _code_digest() -> str:
-    """Return a hash of the code that prepares: this folder, the vocabulary, and the libraries that tokenise."""
-    here = Path(__file__).parent
-    files = sorted([*here.glob("*.py"), here.parent / "schema.py"])
-    return _digest([file.read_text("utf-8") for file in files], transformers.__version__, tokenizers.__version__)

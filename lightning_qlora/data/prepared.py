@@ -6,17 +6,17 @@ import hashlib
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 from typing_extensions import override
 
-from lightning_qlora.data.collators import AnswerKind, Document
+from lightning_qlora.data.documents import AnswerKind, Document
 from lightning_qlora.schema import Origin
 
-__all__ = ["DocumentWriter", "Documents", "PreparedDocuments", "content_digest"]
+__all__ = ["DocumentBatch", "DocumentWriter", "Documents", "PreparedDocuments", "content_digest"]
 
 DOCUMENTS_FILE = "documents.arrow"
 
@@ -38,6 +38,35 @@ def content_digest(input_ids: npt.NDArray[np.int32]) -> int:
     return int.from_bytes(hashlib.blake2b(input_ids.tobytes(), digest_size=8).digest(), "little")
 
 
+class DocumentBatch(NamedTuple):
+    """Documents of one entry of the mix as they are stored: what a process that tokenises hands on in one piece.
+
+    Attributes:
+        columns: Their columns; ``source`` counts the names below.
+        sources: The files or data sets that they were read from.
+    """
+
+    columns: pa.RecordBatch
+    sources: list[str]
+
+    @classmethod
+    def of(cls, documents: Sequence[Document], origins: Sequence[Origin], part: int) -> DocumentBatch:
+        """Lay out the documents of the entry ``part``, in their order."""
+        count = len(documents)
+        numbers: dict[str, int] = {}
+        sources = [numbers.setdefault(origin.source, len(numbers)) for origin in origins]
+        columns = [
+            _list_array([d.input_ids for d in documents]),
+            _list_array([d.supervised.reshape(-1) for d in documents]),
+            _array(np.full(count, part, dtype=np.int16)),
+            _array(np.asarray(sources, dtype=np.int32)),
+            _array(np.asarray([o.line for o in origins], dtype=np.int64)),
+            _array(np.asarray(_row_digests(documents), dtype=np.uint64)),
+            _array(np.asarray([d.kind for d in documents], dtype=np.int8)),
+        ]
+        return cls(pa.record_batch(columns, schema=SCHEMA), list(numbers))
+
+
 class DocumentWriter:
     """Append documents to an Arrow stream, a record batch at a time, in constant memory.
 
@@ -55,22 +84,16 @@ class DocumentWriter:
         """The names that the ``source`` column counts."""
         return list(self._source_numbers)
 
-    def write(self, documents: Sequence[Document], origins: Sequence[Origin], part: int) -> None:
-        """Append the documents of one entry of the mix, in their order."""
-        if not documents:
+    def write(self, batch: DocumentBatch) -> None:
+        """Append documents, in their order."""
+        columns = batch.columns
+        if not columns.num_rows:
             return
-        count = len(documents)
-        sources = [self._source_numbers.setdefault(o.source, len(self._source_numbers)) for o in origins]
-        columns = [
-            _list_array([d.input_ids for d in documents]),
-            _list_array([d.supervised.reshape(-1) for d in documents]),
-            pa.array(np.full(count, part, dtype=np.int16)),
-            pa.array(np.asarray(sources, dtype=np.int32)),
-            pa.array(np.asarray([o.line for o in origins], dtype=np.int64)),
-            pa.array(np.asarray(_row_digests(documents), dtype=np.uint64)),
-            pa.array(np.asarray([d.kind for d in documents], dtype=np.int8)),
-        ]
-        self._writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
+        numbers = [self._source_numbers.setdefault(name, len(self._source_numbers)) for name in batch.sources]
+        if numbers != list(range(len(numbers))):
+            sources = np.asarray(numbers, dtype=np.int32)[columns["source"].to_numpy()]
+            columns = columns.set_column(SCHEMA.get_field_index("source"), SCHEMA.field("source"), _array(sources))
+        self._writer.write_batch(columns)
 
     def close(self) -> None:
         """Finish the stream."""
@@ -129,7 +152,7 @@ class PreparedDocuments(Documents):
         self._chunk_starts = np.concatenate(([0], np.cumsum(rows_per_chunk, dtype=np.int64)))
         self._table = table
         self.kinds: npt.NDArray[np.int8] = np.asarray(table["kind"].to_numpy(), dtype=np.int8)
-        """:class:`~lightning_qlora.data.collators.AnswerKind` of each document."""
+        """:class:`~lightning_qlora.data.documents.AnswerKind` of each document."""
 
     @override
     def __len__(self) -> int:
@@ -212,9 +235,15 @@ def _row_digests(documents: Sequence[Document]) -> list[int]:
 _Views = tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]
 
 
+def _array(values: npt.NDArray[Any]) -> pa.Array:
+    """Return an Arrow array on the memory of numpy's; ``pyarrow.array`` would import pandas first."""
+    return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [None, pa.py_buffer(values)])
+
+
 def _list_array(rows: Sequence[npt.NDArray[np.integer]]) -> pa.ListArray:
     offsets = np.concatenate(([0], np.cumsum([len(row) for row in rows]))).astype(np.int32)
-    return pa.ListArray.from_arrays(offsets, np.concatenate(rows).astype(np.int32))
+    values = np.concatenate(rows).astype(np.int32) if rows else np.empty(0, dtype=np.int32)
+    return pa.ListArray.from_arrays(_array(offsets), _array(values))
 
 
 def _list_views(chunk: pa.ListArray) -> _Views:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from lightning_qlora.data.collators import AnswerKind
+from lightning_qlora.data.documents import AnswerKind
 from lightning_qlora.data.truncation import OUTCOMES, Fitted
 from lightning_qlora.schema import RowRefused
 

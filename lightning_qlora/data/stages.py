@@ -9,8 +9,9 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
+from lightning_qlora.data.encoding import RowEncoder
 from lightning_qlora.data.packing import IntArray
-from lightning_qlora.data.preparation import Prepared, RowEncoder, prepare
+from lightning_qlora.data.preparation import Prepared, prepare
 from lightning_qlora.data.report import PreparationReport
 from lightning_qlora.data.selection import hold_out, weigh_rows
 from lightning_qlora.data.sources import Sources, as_sources

@@ -16,8 +16,9 @@ from typing_extensions import override
 
 from lightning_qlora.data.batching import Batching
 from lightning_qlora.data.collators import Document
+from lightning_qlora.data.encoding import RowEncoder
 from lightning_qlora.data.mixing import MixedRows, ShuffleBuffer
-from lightning_qlora.data.preparation import CHUNK_ROWS, RowEncoder
+from lightning_qlora.data.preparation import CHUNK_ROWS
 from lightning_qlora.data.report import SourceReport
 from lightning_qlora.data.sources import Sources
 from lightning_qlora.schema import Origin, RowRefused, SFTBatch

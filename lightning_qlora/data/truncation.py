@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal, NamedTuple, Protocol, TypeAlias, TypeVar, get_args
 
-from lightning_qlora.data.collators import AnswerKind
+from lightning_qlora.data.documents import AnswerKind
 from lightning_qlora.schema import Conversation, Message, Row, RowRefused, TokenizedRow
 
 __all__ = [

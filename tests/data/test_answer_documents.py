@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lightning_qlora.data.answer_documents import AnswerDocuments, choose_partners
 from lightning_qlora.data.collators import AnswerKind, Document
 from lightning_qlora.data.preference_batching import PreferenceBatching
-from lightning_qlora.data.prepared import DocumentWriter, PreparedDocuments
+from lightning_qlora.data.prepared import DocumentBatch, DocumentWriter, PreparedDocuments
 from lightning_qlora.schema import Origin
 
 MAX_LENGTH = 24
@@ -32,7 +32,7 @@ def write(folder: Path, rows: list[tuple[int, list[int]]]) -> PreparedDocuments:
             ids = np.asarray([1000 + number] * prompt + [2000 + stored] * answer, dtype=np.int32)
             documents.append(Document(ids, np.asarray([[prompt, prompt + answer]], dtype=np.int32), -1, kind))
             stored += 1
-        writer.write(documents, [Origin("rows.jsonl", number + 1)] * len(documents), 0)
+        writer.write(DocumentBatch.of(documents, [Origin("rows.jsonl", number + 1)] * len(documents), 0))
     writer.close()
     return PreparedDocuments(folder / "documents.arrow", writer.sources)
 

@@ -14,9 +14,10 @@ import pytest
 from filelock import FileLock
 from tiny import tiny_tokenizer
 
-from lightning_qlora.data import preparation
+from lightning_qlora.data import encoding, preparation
 from lightning_qlora.data.chat_template import ChatTemplate
-from lightning_qlora.data.preparation import CHUNK_ROWS, Prepared, RowEncoder, prepare
+from lightning_qlora.data.encoding import RowEncoder
+from lightning_qlora.data.preparation import CHUNK_ROWS, Prepared, prepare
 from lightning_qlora.data.prepared import DOCUMENTS_FILE, PreparedDocuments
 from lightning_qlora.data.report import PreparationReport, SourceReport
 from lightning_qlora.data.sources import DataSource
@@ -184,10 +185,11 @@ def test_sources_are_reported_and_marked_apart(tmp_path):
     assert [(s.name, s.rows_read) for s in prepared.report.sources] == [(str(first), 3), (str(second), 5)]
     assert prepared.documents.parts.tolist() == [0] * 3 + [1] * 5
     assert prepared.documents.sources == [str(first), str(second)]
+    assert [prepared.documents.origin(row) for row in (2, 3)] == [Origin(str(first), 3), Origin(str(second), 1)]
 
 
 def test_worker_processes_give_the_same(tmp_path):
-    path = write_chats(tmp_path / "rows.jsonl", CHUNK_ROWS + 40)
+    path = write_chats(tmp_path / "rows.jsonl", 2 * CHUNK_ROWS + 40)
     lines = path.read_text().splitlines()
     lines[5] = "null"
     lines[CHUNK_ROWS] = "[]"
@@ -195,8 +197,9 @@ def test_worker_processes_give_the_same(tmp_path):
     here = prepare(str(path), encoder(), cache_dir=tmp_path / "one")
     there = prepare(str(path), encoder(), cache_dir=tmp_path / "two", num_proc=2)
     assert contents(here) == contents(there)
+    assert here.documents.path.read_bytes() == there.documents.path.read_bytes()
     assert here.report.to_dict() == there.report.to_dict()
-    assert here.report.rows_read == CHUNK_ROWS + 40
+    assert here.report.rows_read == 2 * CHUNK_ROWS + 40
 
 
 # The cache
@@ -236,7 +239,7 @@ def _change_tokenizer(_path: Path, _enc: RowEncoder, _) -> RowEncoder:
 
 
 def _change_code(_path: Path, enc: RowEncoder, monkeypatch) -> RowEncoder:
-    monkeypatch.setattr(preparation, "_code_digest", lambda: "another version")
+    monkeypatch.setattr(encoding, "_code_digest", lambda: "another version")
     return enc
 
 

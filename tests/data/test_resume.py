@@ -232,11 +232,11 @@ def test_other_rows_are_refused_but_only_for_training(folder, tmp_path):
 
 
 def test_code_that_prepares_the_same_rows_may_change(folder, tmp_path, monkeypatch):
-    from lightning_qlora.data import preparation
+    from lightning_qlora.data import encoding
 
     trainer = {"max_epochs": 2, "limit_val_batches": 0}
     whole = fit(data(folder), callbacks=[save_everywhere(tmp_path, **EPOCHS)], **trainer)
-    monkeypatch.setattr(preparation, "_code_digest", lambda: "a later version")
+    monkeypatch.setattr(encoding, "_code_digest", lambda: "a later version")
     resumed = fit(data(folder), ckpt_path=str(next(tmp_path.glob("epoch=0*"))), **trainer)
     assert resumed.seen == whole.seen[len(whole.seen) // 2 :]
 

@@ -15,7 +15,7 @@ from tiny_chats import Recorder, fit, make_data, write_chats
 
 from lightning_qlora.data.batching import Batching
 from lightning_qlora.data.chat_template import ChatTemplate
-from lightning_qlora.data.preparation import RowEncoder
+from lightning_qlora.data.encoding import RowEncoder
 from lightning_qlora.data.streaming import StreamingBatches, StreamItem
 
 pytestmark = [

@@ -9,9 +9,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lightning_qlora.data.collators import AnswerKind, expand_spans
+from lightning_qlora.data.encoding import RowEncoder
 from lightning_qlora.data.formats import ParsedRow
 from lightning_qlora.data.packing import IntArray
-from lightning_qlora.data.preparation import RowEncoder
 from lightning_qlora.data.prepared import PreparedDocuments
 from lightning_qlora.data.sources import Sources, as_sources, read_rows
 from lightning_qlora.schema import Origin, RowRefused, TokenizedRow

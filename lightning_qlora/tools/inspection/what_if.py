@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from lightning_qlora.data.encoding import RowEncoder
 from lightning_qlora.data.formats import ParsedRow
-from lightning_qlora.data.preparation import CHUNK_ROWS, RowEncoder
+from lightning_qlora.data.preparation import CHUNK_ROWS
 from lightning_qlora.data.prepared import PreparedDocuments
 from lightning_qlora.data.report import PreparationReport
 from lightning_qlora.data.sources import Sources, as_sources, read_rows
