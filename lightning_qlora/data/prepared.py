@@ -91,7 +91,7 @@ class DocumentWriter:
             return
         numbers = [self._source_numbers.setdefault(name, len(self._source_numbers)) for name in batch.sources]
         if numbers != list(range(len(numbers))):
-            sources = np.asarray(numbers, dtype=np.int32)[columns["source"].to_numpy()]
+            sources = np.asarray(numbers, dtype=np.int32)[_view(columns["source"])]
             columns = columns.set_column(SCHEMA.get_field_index("source"), SCHEMA.field("source"), _array(sources))
         self._writer.write_batch(columns)
 
@@ -151,7 +151,7 @@ class PreparedDocuments(Documents):
         rows_per_chunk = [len(offsets) - 1 for offsets, _ in self._ids]
         self._chunk_starts = np.concatenate(([0], np.cumsum(rows_per_chunk, dtype=np.int64)))
         self._table = table
-        self.kinds: npt.NDArray[np.int8] = np.asarray(table["kind"].to_numpy(), dtype=np.int8)
+        self.kinds: npt.NDArray[np.int8] = _values(table["kind"])
         """:class:`~lightning_qlora.data.documents.AnswerKind` of each document."""
 
     @override
@@ -201,12 +201,12 @@ class PreparedDocuments(Documents):
     @property
     def digests(self) -> npt.NDArray[np.uint64]:
         """For each document the :func:`content_digest` of its row."""
-        return np.asarray(self._table["digest"].to_numpy(), dtype=np.uint64)
+        return _values(self._table["digest"])
 
     @property
     def parts(self) -> npt.NDArray[np.int16]:
         """The entry of the mix that each document came from."""
-        return np.asarray(self._table["part"].to_numpy(), dtype=np.int16)
+        return _values(self._table["part"])
 
     @override
     def origin(self, index: int) -> Origin:
@@ -235,9 +235,25 @@ def _row_digests(documents: Sequence[Document]) -> list[int]:
 _Views = tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]
 
 
+# Arrow's own conversions from and to numpy import pandas first, which takes some tenths of a second in each process.
+
+
 def _array(values: npt.NDArray[Any]) -> pa.Array:
-    """Return an Arrow array on the memory of numpy's; ``pyarrow.array`` would import pandas first."""
+    """Return an Arrow array on the memory of numpy's."""
     return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [None, pa.py_buffer(values)])
+
+
+def _view(array: pa.Array) -> npt.NDArray[Any]:
+    """Return the numbers of an array without nulls, without copying."""
+    dtype = array.type.to_pandas_dtype()
+    _, memory = array.buffers()
+    if not len(array):
+        return np.empty(0, dtype)
+    return np.frombuffer(memory, dtype, len(array), array.offset * np.dtype(dtype).itemsize)
+
+
+def _values(column: pa.ChunkedArray) -> npt.NDArray[Any]:
+    return np.concatenate([np.empty(0, column.type.to_pandas_dtype()), *map(_view, column.chunks)])
 
 
 def _list_array(rows: Sequence[npt.NDArray[np.integer]]) -> pa.ListArray:
@@ -248,7 +264,7 @@ def _list_array(rows: Sequence[npt.NDArray[np.integer]]) -> pa.ListArray:
 
 def _list_views(chunk: pa.ListArray) -> _Views:
     """Return (offsets, values) of a list column without copying."""
-    return chunk.offsets.to_numpy(zero_copy_only=True), chunk.values.to_numpy(zero_copy_only=True)
+    return _view(chunk.offsets), _view(chunk.values)
 
 
 def _row(views: _Views, row: int) -> npt.NDArray[np.int32]:

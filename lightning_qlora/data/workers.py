@@ -53,7 +53,8 @@ def encode_in_workers(
     Raises:
         RuntimeError: If a process ends by itself.
     """
-    setup = _pickled(_main_module(encoder)) + _pickled(encoder)
+    pickled = _pickled(encoder)
+    setup = _pickled(_main_module() if b"__main__" in pickled else {}) + pickled
     workers: list[_Worker] = []
     idle: SimpleQueue[_Worker] = SimpleQueue()
 
@@ -147,10 +148,8 @@ def serve() -> None:
         results.flush()
 
 
-def _main_module(encoder: RowEncoder) -> dict[str, Any]:
-    """Return what a worker imports the main module with, if the encoder needs it."""
-    if b"__main__" not in pickle.dumps(encoder):
-        return {}
+def _main_module() -> dict[str, Any]:
+    """Return what a worker imports the main module with."""
     found = spawn.get_preparation_data("encode")
     return {name: value for name, value in found.items() if name != "authkey"}  # which does not pickle
 

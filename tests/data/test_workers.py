@@ -18,6 +18,8 @@ from lightning_qlora.data.encoding import RowEncoder
 from lightning_qlora.data.preparation import CHUNK_ROWS, prepare
 from lightning_qlora.schema import Completion, Conversation, Message, Origin, PreferenceRow, UnpairedRow
 
+ROOT = Path(lightning_qlora.data.__file__).parents[2]
+
 ROWS = 2 * CHUNK_ROWS + 1
 """The fewest rows of a few words that workers are started for."""
 
@@ -194,7 +196,7 @@ def test_the_main_module_is_imported_only_for_encoders_of_its_own(tmp_path, call
     (tmp_path / "chats").write_bytes(pickle.dumps((chat(), chunk("a", 4))))
     done = subprocess.run(
         [sys.executable, "script.py", "chats"],
-        env={**os.environ, "PYTHONPATH": str(Path(lightning_qlora.data.__file__).parents[2])},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -203,6 +205,21 @@ def test_the_main_module_is_imported_only_for_encoders_of_its_own(tmp_path, call
     )
     assert done.stdout.split() == printed, done.stderr
     assert done.stderr.count("imported") == imported_again  # what a worker prints
+
+
+def test_a_prepared_set_is_read_without_pandas(tmp_path):
+    path = write_chats(tmp_path / "rows.jsonl", 3)
+    documents = prepare(str(path), RowEncoder(chat()), cache_dir=tmp_path).documents
+    (tmp_path / "documents").write_bytes(pickle.dumps(documents))
+    script = """
+import pickle, sys
+documents = pickle.load(open(sys.argv[1], "rb"))
+print(len(documents), *documents.parts, documents.origin(2).line)
+print({"pandas", "torch"}.intersection(sys.modules))
+"""
+    command = [sys.executable, "-c", script, str(tmp_path / "documents")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.splitlines() == ["3 0 0 0 3", "set()"]
 
 
 MESSAGE = Message("assistant", "", "why", ({"name": "f", "arguments": {"x": 1}},), "call", "f", train=True)
