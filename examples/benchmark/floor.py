@@ -4,6 +4,10 @@
 
 No adapters, norms, loss or optimizer: nothing that trains a 4-bit base by bitsandbytes' own dequantisation and bf16
 products can be faster, unless it leaves products out. One JSON line, in milliseconds a layer and in tokens/s a step.
+
+A GPU that multiplies for seconds on end runs at lower clocks than in the tenths of a second that a part takes by
+itself. So the sum of the parts (``step``) is what no step can beat, and ``lasting_step``, all parts in turn over and
+over, what no training can.
 """
 
 from __future__ import annotations
@@ -56,14 +60,22 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     def timed(work: Callable[[], Any]) -> float:
         return milliseconds(work, device, options.repeats)
 
+    forward_works: list[Callable[[], Any]] = []
+    backward_works: list[Callable[[], Any]] = []
     parts = {"products_forward": 0.0, "products_backward": 0.0, "dequantisation": 0.0}
     linears = [(hidden, hidden), (keys, hidden), (keys, hidden), (hidden, hidden)]
     for out, into in [*linears, (inner, hidden), (inner, hidden), (hidden, inner)]:
         weight, x, gradient = random(out, into), random(tokens, into), random(tokens, out)
         packed, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
-        parts["products_forward"] += timed(lambda x=x, weight=weight: x @ weight.t())
-        parts["products_backward"] += timed(lambda gradient=gradient, weight=weight: gradient @ weight)
-        parts["dequantisation"] += timed(lambda packed=packed, state=state: bnb.dequantize_4bit(packed, state))
+        works: list[Callable[[], Any]] = [
+            lambda x=x, weight=weight: x @ weight.t(),
+            lambda gradient=gradient, weight=weight: gradient @ weight,
+            lambda packed=packed, state=state: bnb.dequantize_4bit(packed, state),
+        ]
+        for name, work in zip(parts, works, strict=True):
+            parts[name] += timed(work)
+        forward_works += [works[2], works[0]]
+        backward_works += [works[2], works[1]]
 
     query = random(rows, heads, tokens // rows, head_dim).requires_grad_()
     key = random(rows, keys // head_dim, tokens // rows, head_dim).requires_grad_()
@@ -73,8 +85,13 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
 
     output = attend()
     gradient = torch.randn_like(output)
-    parts["attention_forward"] = timed(attend)
-    parts["attention_backward"] = timed(lambda: torch.autograd.grad(output, (query, key), gradient, retain_graph=True))
+
+    def attend_backward() -> Any:
+        return torch.autograd.grad(output, (query, key), gradient, retain_graph=True)
+
+    parts["attention_forward"], parts["attention_backward"] = timed(attend), timed(attend_backward)
+    forward_works.append(attend)
+    backward_works.append(attend_backward)
     supervised = random(max(1, int(0.6 * tokens)), hidden)  # of the rows of cases.py, in the mean
     embedding = random(shape["vocab_size"], hidden)
     parts["head"] = 2 * timed(lambda: supervised @ embedding.t())
@@ -84,10 +101,26 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     backward = parts["products_backward"] + parts["dequantisation"] + parts["attention_backward"]
     step = {"none": layers * (forward + backward) + parts["head"]}
     step["full"] = step["none"] + layers * forward
+
+    def whole_step(passes: int) -> None:
+        for _ in range(passes * layers):
+            for work in forward_works:
+                work()
+        supervised @ embedding.t(), supervised @ embedding.t()
+        for _ in range(layers):
+            for work in backward_works:
+                work()
+
+    lasting = {
+        plan: milliseconds(lambda passes=passes: whole_step(passes), device, options.steps)
+        for plan, passes in (("none", 1), ("full", 2))
+    }
     return {
         **{f"{name}_ms": round(value, 3) for name, value in parts.items()},
         **{f"step_{plan}_ms": round(value, 1) for plan, value in step.items()},
         **{f"tok_s_{plan}": round(1000 * tokens / value) for plan, value in step.items()},
+        **{f"lasting_step_{plan}_ms": round(value, 1) for plan, value in lasting.items()},
+        **{f"lasting_tok_s_{plan}": round(1000 * tokens / value) for plan, value in lasting.items()},
     }
 
 
@@ -97,7 +130,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--max_length", type=int, default=2048, help="of a document")
     parser.add_argument("--shape", default="8b", choices=sorted(SHAPES))
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=20, help="of each part")
+    parser.add_argument("--steps", type=int, default=8, help="of all parts in turn")
     return parser.parse_args(arguments)
 
 

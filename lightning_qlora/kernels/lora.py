@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_qlora.kernels.dequantization import NESTED_BLOCK, constants_of
 from lightning_qlora.kernels.elementwise import source_of
-from lightning_qlora.kernels.lora_products import choose_ways
+from lightning_qlora.kernels.lora_products import choose_ways, lora_low, lora_products
 from lightning_qlora.kernels.self_check import in_clean_thread
 
 __all__ = ["FusedLinear4bit", "fuse_lora", "fuse_lora_if_equal", "is_fused"]
@@ -150,6 +150,8 @@ class FusedLinear4bit(Linear4bit):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Compute base and adapter; as PEFT does, unless it is plain LoRA in training."""
+        if not (args or kwargs) and self.fused_group.has(self.fused_index, x):
+            return self.fused_group.take(self.fused_index)
         if args or kwargs or not self.is_plain(x):
             output: Tensor = super().forward(x, *args, **kwargs)
             return output
@@ -193,12 +195,18 @@ class _Group:
         self.input: Tensor | None = None
         self.outputs: dict[int, Tensor] = {}
 
+    def has(self, index: int, x: Tensor) -> bool:
+        """Whether a sibling that was called with this very input has computed a layer's output."""
+        return self.input is x and index in self.outputs
+
+    def take(self, index: int) -> Tensor:
+        """Return it, once."""
+        output = self.outputs.pop(index)
+        if not self.outputs:
+            self.input = None
+        return output
+
     def __call__(self, index: int, x: Tensor) -> Tensor:
-        if self.input is x and index in self.outputs:
-            output = self.outputs.pop(index)
-            if not self.outputs:
-                self.input = None
-            return output
         together = all(member.is_plain(x) for member in self.members if member is not self.members[index])
         wanted = range(len(self.members)) if together else [index]
         outputs = dict(zip(wanted, _products(x, [self.members[i] for i in wanted]), strict=True))
@@ -220,10 +228,8 @@ def _products(x: Tensor, members: Sequence[Any]) -> list[Tensor]:
     stored = scales, states[0].blocksize, states[0].quant_type
     ways = choose_ways(x_TD, [each.shape[0] for each in a], [each.shape[0] for each in b], constants, *stored[1:])
     source = source_of(x) or ("", [], [])
-    low, *shapes = torch.ops.lightning_qlora.lora_low(x_TD, weights, constants, a, b, *stored, ways.backward, *source)
-    outputs = torch.ops.lightning_qlora.lora_products(
-        x_TD, low, shapes, weights, constants, biases, b, *stored, ways.forward
-    )
+    low, *shapes = lora_low(x_TD, weights, constants, a, b, *stored, ways.backward, *source)
+    outputs = lora_products(x_TD, low, shapes, weights, constants, biases, b, *stored, ways.forward)
     return [output.view(*x.shape[:-1], output.shape[-1]) for output in outputs]
 
 

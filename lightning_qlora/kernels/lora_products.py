@@ -1,8 +1,8 @@
 """The operators of fused LoRA: one input, several 4-bit weights, and their adapters.
 
-There are two. The first multiplies the input with all A and keeps what the backward pass needs; the second makes the
-products with the weights and keeps nothing. A checkpointed layer is recomputed until all is there that its backward
-pass needs, so the product that ends the layer is not made again.
+There are two. :func:`lora_low` multiplies the input with all A and keeps what the backward pass needs;
+:func:`lora_products` makes the products with the weights and keeps nothing. A checkpointed layer is recomputed until
+all is there that its backward pass needs, so the product that ends the layer is not made again.
 
 The adapters are added in one of two ways, forward and backward:
 
@@ -14,16 +14,17 @@ The adapters are added in one of two ways, forward and backward:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lightning_qlora.kernels.dequantization import dequantize_into, has_kernel, is_fast, quant_state
 from lightning_qlora.kernels.elementwise import Source
 
-__all__ = ["Ways", "choose_ways"]
+__all__ = ["Ways", "choose_ways", "lora_low", "lora_products"]
 
 _ALIGNMENT = 8  # elements; matrix products are fast where rows begin at multiples of 16 bytes
 _FEW_TOKENS = 1536  # up to here bitsandbytes has products that dequantise nothing
@@ -74,8 +75,68 @@ def cheaper_ways(width: int, widths: Sequence[int]) -> Ways:
     return Ways(width < sum(widths), sum(widths) < len(widths) * width)
 
 
-@torch.library.custom_op("lightning_qlora::lora_low", mutates_args=())
-def _lora_low(
+# As operators, which cost the host more than the products of a small layer cost the device, only where someone looks at
+# operators: torch.compile, selective checkpointing, a count of memory. Otherwise as functions of autograd.
+
+
+def _are_operators_wanted() -> bool:
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+class _Low(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, fixed: tuple[Any, ...], *a_and_b: Tensor) -> tuple[Tensor, ...]:
+        weights, constants, *others = fixed
+        num = len(weights)
+        inputs = (x, weights, constants, a_and_b[:num], a_and_b[num:], *others)
+        output = _low(*inputs)
+        ctx.fixed = weights, constants
+        _keep(ctx, (x, (), (), *inputs[3:]), output)  # hooks on what is saved need not see what is frozen
+        return tuple(output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        of_x, _, _, of_a, of_b, *_ = _gradients(ctx, gradients, *ctx.fixed)
+        return (of_x, None, *of_a, *of_b)
+
+
+class _Products(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, low: Tensor, fixed: tuple[Any, ...], *shapes: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        return tuple(_products(x, low, shapes, *fixed))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        return (None, None, None, *gradients)
+
+
+def lora_low(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    constants: Sequence[Tensor],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    *others: Any,
+) -> Sequence[Tensor]:
+    """Call :func:`_low`."""
+    if _are_operators_wanted():
+        return torch.ops.lightning_qlora.lora_low(x, weights, constants, a, b, *others)  # type: ignore[no-any-return]
+    apply: Any = _Low.apply
+    return apply(x, (weights, constants, *others), *a, *b)  # type: ignore[no-any-return]
+
+
+def lora_products(x: Tensor, low: Tensor, shapes: Sequence[Tensor], *others: Any) -> Sequence[Tensor]:
+    """Call :func:`_products`."""
+    if _are_operators_wanted():
+        return torch.ops.lightning_qlora.lora_products(x, low, shapes, *others)  # type: ignore[no-any-return]
+    apply: Any = _Products.apply
+    return apply(x, low, others, *shapes)  # type: ignore[no-any-return]
+
+
+def _low(
     x: Tensor,
     weights: Sequence[Tensor],
     constants: Sequence[Tensor],
@@ -107,11 +168,14 @@ def _lora_low(
         source_options: Its options.
 
     Returns:
-        (T, sum of ranks), the input's product with all A; and for each weight one number in the shape (T, out_i) of its
-        output. Through these the outputs' gradients come here, where all gradients are formed at once.
+        (T, sum of ranks), the input's product with all A; and for each weight one element, of any value, in the shape
+        (T, out_i) of its output. Through these the outputs' gradients come here, where all are formed at once.
     """
     low = x @ torch.cat([each.to(x.dtype) for each in a]).t()
-    return [low, *(x.new_zeros(()).expand(x.shape[0], each.shape[0]) for each in b)]
+    return [low, *(x.new_empty(()).expand(x.shape[0], each.shape[0]) for each in b)]
+
+
+_lora_low = torch.library.custom_op("lightning_qlora::lora_low", _low, mutates_args=())
 
 
 @_lora_low.register_fake
@@ -130,10 +194,11 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[Any, ...]:
+def _gradients(ctx: Any, gradients: Sequence[Tensor | None], *fixed: Sequence[Tensor]) -> tuple[Any, ...]:
     """Return the gradients of the input and of all A and B; the products with ``W_i`` end with the adapters'."""
     saved = iter(ctx.saved_tensors)
     (low,), weights, constants, a, b, kept = ([next(saved) for _ in range(count)] for count in ctx.counts)
+    weights, constants = map(list, fixed or (weights, constants))
     scales, blocksize, quant_type, inside = ctx.options
     ranks = [each.shape[0] for each in a]
     of_outputs, lows, of_b = [], [], []
@@ -173,7 +238,7 @@ def _input_gradient(
     for i, gradient in enumerate(gradients):
         own = constants[i * per_weight : (i + 1) * per_weight]
         shape = [gradient.shape[1]], a[0].shape[1]
-        weight = torch.ops.lightning_qlora.stack_4bit([weights[i]], own, [], *shape, blocksize, quant_type, dtype)
+        weight = _stacked([weights[i]], own, [], *shape, blocksize, quant_type, dtype)
         of_x = gradient @ weight if of_x is None else of_x.addmm_(gradient, weight)
         del weight
     assert of_x is not None
@@ -192,15 +257,18 @@ def _input_gradient_at_once(
 ) -> Tensor:
     """Make one product of all: ``[g_1 | .. | g_n | lows] [W_1 ; .. ; W_n ; A]``."""
     dtype, shape = lows_TR.dtype, ([each.shape[1] for each in gradients], a[0].shape[1])
-    weights_and_a = torch.ops.lightning_qlora.stack_4bit(
-        weights, constants, [each.to(dtype) for each in a], *shape, blocksize, quant_type, dtype
-    )
+    weights_and_a = _stacked(weights, constants, [each.to(dtype) for each in a], *shape, blocksize, quant_type, dtype)
     of_x: Tensor = torch.cat([*gradients, lows_TR], 1) @ weights_and_a
     return of_x
 
 
-@torch.library.custom_op("lightning_qlora::stack_4bit", mutates_args=())
-def _stack_4bit(
+def _stacked(*arguments: Any) -> Tensor:
+    """Call :func:`_stack`."""
+    function: Any = torch.ops.lightning_qlora.stack_4bit if _are_operators_wanted() else _stack
+    return cast(Tensor, function(*arguments))
+
+
+def _stack(
     weights: Sequence[Tensor],
     constants: Sequence[Tensor],
     below: Sequence[Tensor],
@@ -226,6 +294,9 @@ def _stack_4bit(
     return numbers
 
 
+_stack_4bit = torch.library.custom_op("lightning_qlora::stack_4bit", _stack, mutates_args=())
+
+
 @_stack_4bit.register_fake
 def _(
     weights: Sequence[Tensor],
@@ -243,8 +314,7 @@ def _(
 _lora_low.register_autograd(_gradients, setup_context=_keep)
 
 
-@torch.library.custom_op("lightning_qlora::lora_products", mutates_args=())
-def _lora_products(
+def _products(
     x: Tensor,
     low: Tensor,
     shapes: Sequence[Tensor],
@@ -260,7 +330,7 @@ def _lora_products(
     """Multiply one input with several 4-bit weights and add their adapters, keeping nothing.
 
     Args:
-        x: As for :func:`_lora_low`, like all that have the same name there.
+        x: As for :func:`_low`, like all that have the same name there.
         low: What that returned first.
         shapes: What it returned after that; they take this operator's gradients.
         weights: 4-bit weights.
@@ -346,6 +416,9 @@ def _base_product(
         absmax_offset=offset,
     )
     return output
+
+
+_lora_products = torch.library.custom_op("lightning_qlora::lora_products", _products, mutates_args=())
 
 
 @_lora_products.register_fake

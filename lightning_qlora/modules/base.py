@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -238,6 +239,16 @@ class CausalLMModule(L.LightningModule):
 
     def on_model_built(self) -> None:
         """Hook for subclasses: ``self.model`` has just been built and is not wrapped yet."""
+
+    @override
+    def on_train_start(self) -> None:
+        # A full collection walks all objects of all libraries, some tenths of a second in the middle of a step.
+        gc.collect()
+        gc.freeze()
+
+    @override
+    def on_train_end(self) -> None:
+        gc.unfreeze()
 
     def supervised_forward(self, batch: SFTBatch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Run the model on a batch; return what predicts its supervised tokens, and the head that reads it.
