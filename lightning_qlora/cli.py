@@ -27,7 +27,7 @@ from typing_extensions import override
 from lightning_qlora.callbacks import AdapterCheckpoint, PerformanceMonitor, PredictionWriter, RunGuard, RunSummary
 from lightning_qlora.model import compute_dtype
 from lightning_qlora.modules import CausalLMModule
-from lightning_qlora.modules.base import refuse_bitsandbytes_precision
+from lightning_qlora.modules.precision import refuse_bitsandbytes_precision
 from lightning_qlora.redaction import scrub
 from lightning_qlora.strategies import default_strategy
 from lightning_qlora.tools import PLANNING_TOOLS, TOOLS

@@ -42,6 +42,7 @@ def _speed() -> list[Measurement]:
     """Own runs, each beside the peers that do the same."""
     beside = {
         "full2k --plan full": ["unsloth full2k", "trl-liger full2k", "trl full2k"],
+        "full2k --plan offload": [],
         "full2k --plan none": ["unsloth full2k --plan none", "trl-liger full2k --plan none"],
         "full8k --plan full": ["unsloth full8k", "trl-liger full8k"],
         "chat2k_pack --plan full": ["unsloth chat2k_pack", "trl-liger chat2k_pack"],
@@ -73,7 +74,7 @@ MEASUREMENTS = [
     *_speed(),
     *_own(
         "variants", "run full2k --plan full none --compile_layers", "run chat2k_pack --plan none --compile_layers",
-        "run full2k --plan full none --fused_lora false", "run full2k --plan selective offload",
+        "run full2k --plan full none --fused_lora false", "run full2k --plan selective",
         "run full2k --plan auto --cap_gib 24 8",
     ),
     *_own("context", "context --cap_gib 8 24"),

@@ -10,10 +10,10 @@ from typing import Any, ClassVar, Literal, Self
 import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.plugins.precision import BitsandbytesPrecision, MixedPrecision, Precision
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import LoraConfig, PeftConfig, PeftModel
 from torch import Tensor
@@ -39,7 +39,6 @@ from lightning_qlora.model import (
     attach_adapters,
     base_model,
     checkpointed_layers,
-    compute_dtype,
     load_adapter,
     load_base_model,
     set_activation_checkpointing,
@@ -47,6 +46,7 @@ from lightning_qlora.model import (
 )
 from lightning_qlora.modules.forward import SupervisedForward
 from lightning_qlora.modules.lr_schedulers import WarmupCosine
+from lightning_qlora.modules.precision import check_precision
 from lightning_qlora.redaction import scrub
 from lightning_qlora.schema import ChatDataModule, PromptBatch, SFTBatch
 from lightning_qlora.strategies import build_sharded, check_is_sharded, check_strategy, shard
@@ -184,7 +184,7 @@ class CausalLMModule(L.LightningModule):
     @override
     def setup(self, stage: str) -> None:
         check_strategy(self.trainer.strategy)
-        _check_precision(self.trainer)
+        check_precision(self.trainer)
         read_checkpoints_without_pickle(self.trainer)
 
     @override
@@ -535,26 +535,3 @@ def _example(names: list[str]) -> str:
 def _check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}; allowed are {', '.join(map(str, allowed))}.")
-
-
-def refuse_bitsandbytes_precision(*plugins: object) -> None:
-    """Raise if Lightning's own quantisation is among the plugins."""
-    if any(isinstance(plugin, BitsandbytesPrecision) for plugin in plugins):
-        raise MisconfigurationException(
-            "BitsandbytesPrecision quantises lora_A, lora_B and the head too and leaves nothing to train. Remove the "
-            "plugin: the module's quantization option quantises the base. Write --trainer.precision=bf16-mixed."
-        )
-
-
-def _check_precision(trainer: L.Trainer) -> None:
-    """Refuse the precisions that break QLoRA before anything is loaded."""
-    refuse_bitsandbytes_precision(trainer.precision_plugin)
-    if str(trainer.precision).endswith("-true") and trainer.precision not in ("32-true", "64-true"):
-        raise MisconfigurationException(
-            f"precision {trainer.precision!r} would round the adapters to 16 bits, which loses about half of their "
-            "updates. Write bf16-mixed (or 16-mixed on GPUs without bfloat16; 32-true on a CPU): the base stays 4-bit."
-        )
-    device = trainer.strategy.root_device
-    mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(trainer.precision))
-    if mixed is not None and device.type == "cpu" and compute_dtype(device) is not mixed:
-        rank_zero_warn(f"precision {trainer.precision!r} on this CPU can be many times slower than 32-true.")
