@@ -135,6 +135,7 @@ def serve() -> None:
     os.dup2(2, 1)  # what a library prints must not get between the results
     spawn.prepare(pickle.load(requests))
     encoder: RowEncoder = pickle.load(requests)
+    gc.disable()  # it would look through the rows again and again; what a chunk leaves is collected after it
     gc.freeze()
     while requests.peek(1):
         part, rows = pickle.load(requests)
@@ -146,6 +147,8 @@ def serve() -> None:
             result = error
         pickle.dump(result, results, pickle.HIGHEST_PROTOCOL)
         results.flush()
+        del part, rows, result
+        gc.collect()
 
 
 def _main_module() -> dict[str, Any]:
