@@ -35,6 +35,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from lightning_qlora.kernels.flex import attend_with_flex, block_mask
 from lightning_qlora.kernels.varlen import (
+    SharedKeys,
     attend_documents,
     attend_in_graph,
     document_offsets,
@@ -42,6 +43,7 @@ from lightning_qlora.kernels.varlen import (
     is_trusted,
     padded_tokens,
     product_dtype,
+    shared_keys,
     takes,
 )
 
@@ -76,16 +78,22 @@ class PackedDocuments:
             here, it goes on from. ``None`` where all documents stand by themselves.
         starts: (K + 1,) int32 on the device, where documents begin and the last one ends: what torch's varlen kernel
             needs to attend within all documents in one call. Without it they are attended one by one.
+        keys: What it needs besides where prompts are shared.
     """
 
     def __init__(
-        self, lengths: Sequence[int], shared_prompts: Sequence[int] | None = None, starts: Tensor | None = None
+        self,
+        lengths: Sequence[int],
+        shared_prompts: Sequence[int] | None = None,
+        starts: Tensor | None = None,
+        keys: SharedKeys | None = None,
     ) -> None:
         self.lengths = tuple(lengths)
         self.shared_prompts = None if shared_prompts is None else tuple(shared_prompts)
         self.starts = starts
+        self.keys = keys
         self.longest = max(self.lengths)
-        self.padded = padded_tokens(self.lengths)
+        self.padded = padded_tokens(self.lengths) + (keys.total - sum(self.lengths) if keys is not None else 0)
         self.are_alike = len(set(self.lengths)) == 1 and self.shared_prompts is None
         self._masks: dict[int | None, BlockMask] = {}
 
@@ -134,9 +142,10 @@ def document_attention(
     starts, shared_prompts = documents.starts, documents.shared_prompts
     if _on_gpu(query) and documents.are_alike and sliding_window is None and softcap is None:
         return _attend_alike(query, key, value, len(documents.lengths), scaling, dropout), None
-    if starts is not None and softcap is None and not dropout and shared_prompts is None:
-        longest, padded = documents.longest, documents.padded
-        fast = attend_documents(query, key, value, starts, longest, padded, scaling, sliding_window)
+    is_complete = shared_prompts is None or documents.keys is not None
+    if starts is not None and is_complete and softcap is None and not dropout:
+        longest, padded, keys = documents.longest, documents.padded, documents.keys
+        fast = attend_documents(query, key, value, starts, longest, padded, scaling, sliding_window, keys)
         if fast is not None:
             return fast, None
     if _on_gpu(query) and not dropout:
@@ -182,6 +191,7 @@ def _graph_attention(
     if (
         documents is None
         or documents.starts is None
+        or documents.keys is not None
         or dropout
         or not takes(product_dtype(query), query.shape[3])
         or not fits(documents.padded, query.shape[1], query.shape[3])
@@ -315,12 +325,14 @@ def packed_attention_arguments(
         document_lengths: Lengths of the packed documents, in tokens.
         shared_prompts: As of :class:`~lightning_qlora.schema.PreferenceBatch`.
     """
-    starts = None
-    if shared_prompts is None and input_ids.device.type != "cpu":
+    starts = keys = None
+    if input_ids.device.type != "cpu":
         starts = document_offsets(document_lengths, input_ids.device)
+        if shared_prompts is not None:
+            keys = shared_keys(document_lengths, shared_prompts, input_ids.device)
     return {
         "attention_mask": input_ids.new_empty((1, 1, 0, 0)),
-        "documents": PackedDocuments(document_lengths, shared_prompts, starts),
+        "documents": PackedDocuments(document_lengths, shared_prompts, starts, keys),
     }
 
 

@@ -1,4 +1,4 @@
-"""FlexAttention over packed documents, for what torch's varlen kernel does not compute: bounds and shared prompts.
+"""FlexAttention over packed documents, for what torch's varlen kernel does not compute: bounds of the scores.
 
 Which tokens see which follows from four numbers for each token, read inside the kernel; which blocks of 128 x 128 have
 any such pair follows from the lengths, on the host, without a mask of all pairs. Both are made once for a batch. The
@@ -17,14 +17,20 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from lightning_qlora.kernels.self_check import CHECK_LENGTHS, CHECK_WINDOW, Attend, AttentionCase, find_fault
+from lightning_qlora.kernels.self_check import (
+    CHECK_LENGTHS,
+    CHECK_PROMPTS,
+    CHECK_WINDOW,
+    Attend,
+    AttentionCase,
+    find_fault,
+)
 
 __all__ = ["attend_with_flex", "block_mask"]
 
 _BLOCK = 128
 _SMALLEST_HEAD = 16
 _LARGEST_HEAD = 256
-_CHECK_PROMPTS = (0, 3, 0, 1)
 
 
 def attend_with_flex(
@@ -61,7 +67,7 @@ def attend_with_flex(
         return functional.scaled_dot_product_attention(query, key, value, **options).transpose(1, 2)
     window = None if sliding_window is None else CHECK_WINDOW
     heads = query.shape[1], key.shape[1], head_dim
-    if not _is_trusted(AttentionCase(query.device, dtype, *heads, CHECK_LENGTHS, _CHECK_PROMPTS, window, softcap)):
+    if not _is_trusted(AttentionCase(query.device, dtype, *heads, CHECK_LENGTHS, CHECK_PROMPTS, window, softcap)):
         return None
     return _call(query, key, value, mask_of(sliding_window), scaling, softcap, compiled=True)
 

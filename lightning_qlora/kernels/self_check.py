@@ -14,6 +14,7 @@ from torch import Tensor
 
 __all__ = [
     "CHECK_LENGTHS",
+    "CHECK_PROMPTS",
     "CHECK_WINDOW",
     "Attend",
     "AttentionCase",
@@ -24,6 +25,7 @@ __all__ = [
 ]
 
 CHECK_LENGTHS = (5, 64, 1, 131)
+CHECK_PROMPTS = (0, 3, 0, 1)
 CHECK_WINDOW = 17
 _TOLERANCE = 2e-2  # relative to the norm; bfloat16 keeps 8 bits
 

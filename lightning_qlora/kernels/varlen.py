@@ -10,13 +10,21 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from lightning_qlora.kernels.self_check import CHECK_WINDOW, Attend, AttentionCase, find_fault
+from lightning_qlora.kernels.self_check import (
+    CHECK_LENGTHS,
+    CHECK_PROMPTS,
+    CHECK_WINDOW,
+    Attend,
+    AttentionCase,
+    find_fault,
+)
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -24,6 +32,7 @@ except ImportError:  # torch without the kernel
     varlen_attn = None  # type: ignore[assignment]
 
 __all__ = [
+    "SharedKeys",
     "attend_documents",
     "attend_in_graph",
     "document_offsets",
@@ -31,6 +40,7 @@ __all__ = [
     "is_trusted",
     "padded_tokens",
     "product_dtype",
+    "shared_keys",
     "takes",
 ]
 
@@ -40,13 +50,49 @@ _DTYPES = (torch.bfloat16, torch.float16)
 _LARGEST_HEAD = 256
 
 
+class SharedKeys(NamedTuple):
+    """Keys and values of documents that go on from a prompt: the prompt's, copied before their own.
+
+    Attributes:
+        tokens: (T',) int64 on the device, which token each of them is of.
+        starts: (K + 1,) int32 on the device, where those of a document begin and the last one's end.
+        longest: The most of a document.
+        total: T'.
+    """
+
+    tokens: Tensor
+    starts: Tensor
+    longest: int
+    total: int
+
+
+def shared_keys(lengths: Sequence[int], shared_prompts: Sequence[int], device: torch.device) -> SharedKeys:
+    """Say which keys each document sees, without waiting for the device.
+
+    Args:
+        lengths: Of the documents.
+        shared_prompts: As of :class:`~lightning_qlora.kernels.attention.PackedDocuments`.
+        device: Of the tokens.
+    """
+    parts, start, trunk = [], 0, 0
+    for length, shared in zip(lengths, shared_prompts, strict=True):
+        trunk = trunk if shared else start
+        parts += [np.arange(trunk, trunk + shared), np.arange(start, start + length)]
+        start += length
+    tokens = torch.from_numpy(np.concatenate(parts))
+    counts = [length + shared for length, shared in zip(lengths, shared_prompts, strict=True)]
+    return SharedKeys(_send(tokens, device), document_offsets(counts, device), max(counts), sum(counts))
+
+
 def document_offsets(lengths: Sequence[int], device: torch.device) -> Tensor:
     """Return where documents begin and the last one ends, (K + 1,) int32 on the device, without waiting for it."""
     # Lightning makes another device the default one while it builds a model.
     offsets = torch.tensor([0, *lengths], dtype=torch.int32, device="cpu").cumsum(0, dtype=torch.int32)
-    if device.type == "cuda":
-        return offsets.pin_memory().to(device, non_blocking=True)
-    return offsets.to(device)
+    return _send(offsets, device)
+
+
+def _send(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def padded_tokens(lengths: Sequence[int]) -> int:
@@ -63,6 +109,7 @@ def attend_documents(
     padded: int,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    keys: SharedKeys | None = None,
 ) -> Tensor | None:
     """Attend causally within each document.
 
@@ -75,6 +122,7 @@ def attend_documents(
         padded: Of :func:`padded_tokens`.
         scaling: Factor on the scores; ``None`` for ``head_dim ** -0.5``.
         sliding_window: How many positions a token sees, itself included.
+        keys: Where documents go on from shared prompts.
 
     Returns:
         (1, T, heads, head_dim), or ``None`` where the kernel is missing or does not fit.
@@ -83,7 +131,7 @@ def attend_documents(
         return None
     dtype = product_dtype(query)
     window = sliding_window
-    if window is not None and not _knows("window_size") and longest <= window:
+    if window is not None and not _knows("window_size") and (longest if keys is None else keys.longest) <= window:
         window = None
     _, num_heads, _, head_dim = query.shape
     if not takes(dtype, head_dim):
@@ -94,9 +142,10 @@ def attend_documents(
             "attended one by one."
         )
         return None
-    if not _is_trusted(_case(query.device, dtype, num_heads, key.shape[1], head_dim, window is not None)):
+    kind = query.device, dtype, num_heads, key.shape[1], head_dim
+    if not _is_trusted(_case(*kind, windowed=window is not None, shared=keys is not None)):
         return None
-    return attend_in_graph(query, key, value, offsets, longest, dtype, scaling, window)
+    return attend_in_graph(query, key, value, offsets, longest, dtype, scaling, window, keys)
 
 
 def is_trusted(
@@ -105,7 +154,7 @@ def is_trusted(
     """Whether the kernel takes such inputs on a device and computes there what it should."""
     if varlen_attn is None or device.type != "cuda" or not takes(dtype, head_dim):
         return False
-    return _is_trusted(_case(device, dtype, num_heads, num_key_heads, head_dim, windowed))
+    return _is_trusted(_case(device, dtype, num_heads, num_key_heads, head_dim, windowed=windowed))
 
 
 def fits(padded: int, num_heads: int, head_dim: int) -> bool:
@@ -122,13 +171,14 @@ def attend_in_graph(
     dtype: torch.dtype,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    keys: SharedKeys | None = None,
 ) -> Tensor:
     """Attend as :func:`attend_documents` does, unasked: where the caller knows that the kernel fits.
 
     Nothing here looks at numbers, so that a graph of ``torch.compile`` can contain it.
     """
     query, key, value = (tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value))
-    return _call(query, key, value, offsets, longest, scaling, sliding_window)[None]
+    return _call(query, key, value, offsets, longest, scaling, sliding_window, keys)[None]
 
 
 def product_dtype(query: Tensor) -> torch.dtype:
@@ -156,7 +206,14 @@ def _parameters() -> frozenset[str]:
 
 
 def _call(
-    query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, longest: int, scaling: float | None, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    offsets: Tensor,
+    longest: int,
+    scaling: float | None,
+    window: int | None,
+    keys: SharedKeys | None = None,
 ) -> Tensor:
     """Call the kernel with (T, heads, head_dim) tensors, by the names that this torch knows."""
     options: dict[str, Any] = {}
@@ -170,7 +227,11 @@ def _call(
         options["scale"] = scaling
     elif scaling is not None:
         query = query * (scaling * query.shape[-1] ** 0.5)
-    output: Any = varlen_attn(query, key, value, offsets, offsets, longest, longest, **options)
+    ends, most = offsets, longest
+    if keys is not None:  # fewer queries than keys are the last ones
+        key, value = key.index_select(0, keys.tokens), value.index_select(0, keys.tokens)
+        ends, most = keys.starts, keys.longest
+    output: Any = varlen_attn(query, key, value, offsets, ends, longest, most, **options)
     return output  # type: ignore[no-any-return]  # a tuple only where more is asked for
 
 
@@ -188,21 +249,30 @@ def _is_trusted(case: AttentionCase) -> bool:
     if error is not None:
         _say_once(
             f"torch's varlen attention is not used on {case.device} for {case.dtype}, head_dim {case.head_dim}"
-            f"{'' if case.window is None else ', sliding window'}: {error}. It is done another way."
+            f"{'' if case.window is None else ', sliding window'}{', shared prompts' if case.shared_prompts else ''}: "
+            f"{error}. It is done another way."
         )
     return error is None
 
 
 def _case(
-    device: torch.device, dtype: torch.dtype, num_heads: int, num_key_heads: int, head_dim: int, windowed: bool
+    device: torch.device,
+    dtype: torch.dtype,
+    num_heads: int,
+    num_key_heads: int,
+    head_dim: int,
+    *,
+    windowed: bool,
+    shared: bool = False,
 ) -> AttentionCase:
-    window = CHECK_WINDOW if windowed else None
-    return AttentionCase(device, dtype, num_heads, num_key_heads, head_dim, window=window)
+    prompts, window = CHECK_PROMPTS if shared else None, CHECK_WINDOW if windowed else None
+    return AttentionCase(device, dtype, num_heads, num_key_heads, head_dim, CHECK_LENGTHS, prompts, window)
 
 
 def _attend_check(case: AttentionCase) -> Attend:
-    offsets = document_offsets(case.lengths, case.device)
-    return lambda query, key, value, scaling: _call(query, key, value, offsets, max(case.lengths), scaling, case.window)
+    offsets, longest = document_offsets(case.lengths, case.device), max(case.lengths)
+    keys = shared_keys(case.lengths, case.shared_prompts, case.device) if case.shared_prompts else None
+    return lambda query, key, value, scaling: _call(query, key, value, offsets, longest, scaling, case.window, keys)
 
 
 @cache

@@ -35,25 +35,23 @@ class StandIn:
         assert query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
         total, heads, head_dim = query.shape
         assert key.shape == value.shape
-        assert key.shape[0] == total
         assert grouped or key.shape[1] == heads
-        offsets = cu_seq_q.tolist()
-        assert offsets == cu_seq_k.tolist()
-        assert offsets[-1] == total
-        lengths = [end - start for start, end in pairwise(offsets)]
-        assert max(lengths) == max_q == max_k
+        offsets, key_offsets = cu_seq_q.tolist(), cu_seq_k.tolist()
+        assert (offsets[-1], key_offsets[-1]) == (total, key.shape[0])
+        lengths, key_lengths = ([end - start for start, end in pairwise(each)] for each in (offsets, key_offsets))
+        assert (max(lengths), max(key_lengths)) == (max_q, max_k)
         assert isinstance(max_q, int)
         self.calls.append((lengths, scale, left))
         scale = head_dim**-0.5 if scale is None else scale
         key, value = (x.float().repeat_interleave(heads // key.shape[1], 1) for x in (key, value))
         parts = []
-        for start, end in pairwise(offsets):
-            scores = torch.einsum("qhd,khd->hqk", query[start:end].float(), key[start:end]) * scale
-            index = torch.arange(end - start)
-            distance = index[:, None] - index[None, :]
+        for (start, end), (first, last) in zip(pairwise(offsets), pairwise(key_offsets), strict=True):
+            scores = torch.einsum("qhd,khd->hqk", query[start:end].float(), key[first:last]) * scale
+            index = torch.arange(last - first)
+            distance = index[last - first - (end - start) :, None] - index[None, :]  # the queries are the last ones
             allowed = (distance >= 0) & ((left < 0) | (distance <= left))
             weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
-            parts.append(torch.einsum("hqk,khd->qhd", weights, value[start:end]))
+            parts.append(torch.einsum("hqk,khd->qhd", weights, value[first:last]))
         return (torch.cat(parts) * (1 + self.wrong)).to(query.dtype)
 
 
@@ -104,6 +102,7 @@ def attend(inputs, **options):
         LENGTHS,
         options.pop("shared_prompts", None),
         options.pop("starts", varlen.document_offsets(LENGTHS, inputs[0].device)),
+        options.pop("keys", None),
     )
     return document_attention(nn.Module(), *inputs, None, documents=documents, **options)[0]
 
@@ -143,6 +142,30 @@ def test_one_call_for_all_documents_computes_what_they_do_one_by_one(stand_in, o
 def test_what_the_kernel_does_not_compute_is_not_asked_of_it(stand_in, options):
     attend(random_inputs(), **options)
     assert stand_in.calls == []
+
+
+@pytest.mark.parametrize("window", [None, 4, 9])
+@pytest.mark.parametrize("prompts", [(0, 3, 0, 2), (0, 7, 7, 0), (0, 1, 5, 2)])
+def test_answers_that_share_a_prompt_see_copies_of_its_keys(stand_in, prompts, window):
+    inputs = random_inputs()
+    keys = varlen.shared_keys(LENGTHS, prompts, inputs[0].device)
+    found = attend(inputs, shared_prompts=prompts, keys=keys, sliding_window=window)
+    gradients = torch.autograd.grad(found.float().square().sum(), inputs)
+    if not (stand_in.version == "2.10" and window is not None):
+        assert len(step_calls(stand_in)) == 1
+    expected = attend(inputs, shared_prompts=prompts, starts=None, sliding_window=window)
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+    references = torch.autograd.grad(expected.float().square().sum(), inputs)
+    for one, two in zip(gradients, references, strict=True):
+        torch.testing.assert_close(one, two, rtol=5e-2, atol=5e-2)
+
+
+def test_keys_of_answers_that_share_a_prompt():
+    with torch.device("meta"):  # Lightning makes the accelerator the default device while a model is built
+        keys = varlen.shared_keys((4, 2, 3, 1, 2), (0, 2, 4, 0, 1), torch.device("cpu"))
+    assert keys.tokens.tolist() == [0, 1, 2, 3, 0, 1, 4, 5, 0, 1, 2, 3, 6, 7, 8, 9, 9, 10, 11]
+    assert keys.starts.tolist() == [0, 4, 8, 15, 16, 19]
+    assert (keys.longest, keys.total) == (7, 19)
 
 
 @pytest.mark.parametrize("shape", [{"dtype": torch.float32}, {"head_dim": 12}, {"head_dim": 264}])
@@ -247,9 +270,10 @@ def test_the_installed_signature_is_one_that_is_known():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("windowed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(32, 8, 128), (4, 4, 64), (8, 4, 256)])
-def test_the_kernel_itself_passes_the_comparison(shape, dtype, window):
-    case = varlen._case(torch.device("cuda", 0), dtype, *shape, window is not None)
+def test_the_kernel_itself_passes_the_comparison(shape, dtype, windowed, shared):
+    case = varlen._case(torch.device("cuda", 0), dtype, *shape, windowed=windowed, shared=shared)
     assert self_check.compare_attention(varlen._attend_check(case), case) is None
