@@ -125,7 +125,8 @@ def main() -> None:
         for repeat in range(options.repeats):
             start = moment()
             if options.num_proc > 1:
-                num_tokens = encode_in_processes(tokenizer, texts, options.num_proc, Path(folder, f"plain{repeat}.arrow"))
+                result_file = Path(folder, f"plain{repeat}.arrow")
+                num_tokens = encode_in_processes(tokenizer, texts, options.num_proc, result_file)
             else:
                 num_tokens = encode_plainly(tokenizer, texts)
             plain.append(since(start))
