@@ -18,12 +18,13 @@ from bitsandbytes.functional import QuantState
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from lightning_qlora.kernels.self_check import first_line, in_clean_thread
+from lightning_qlora.kernels.self_check import first_line, in_clean_thread, simulated_gpu_has
 
+triton_dequantize: Any
 try:
     from lightning_qlora.kernels.dequantization_triton import dequantize as triton_dequantize
 except ImportError:  # torch for CPUs comes without Triton
-    triton_dequantize = None  # type: ignore[assignment]
+    triton_dequantize = None
 
 __all__ = ["NESTED_BLOCK", "constants_of", "dequantize_into", "has_kernel", "is_fast", "quant_state"]
 
@@ -88,7 +89,7 @@ def is_fast(out: Tensor, constants: Sequence[Tensor], blocksize: int, quant_type
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
 def has_kernel(device: torch.device, dtype: torch.dtype, blocksize: int, quant_type: str, nested: bool) -> bool:
     """Whether a GPU's own kernel can be trusted with this kind of weight."""
-    return triton_dequantize is not None and _is_trusted(_Kind(device, dtype, blocksize, quant_type, nested))
+    return _is_trusted(_Kind(device, dtype, blocksize, quant_type, nested))
 
 
 def _write(out: Tensor, packed: Tensor, constants: Sequence[Tensor], blocksize: int, quant_type: str) -> None:
@@ -110,8 +111,10 @@ def _values(quant_type: str, device: torch.device) -> Tensor:
 @cache
 def _is_trusted(kind: _Kind) -> bool:
     """Whether the kernel writes here what bitsandbytes does; found out once for each kind of weight."""
-    if kind.device.type == "meta":  # a simulation of a GPU
-        return True
+    if kind.device.type == "meta":
+        return simulated_gpu_has(triton_dequantize)
+    if triton_dequantize is None:
+        return False
     error = in_clean_thread(lambda: _compare(kind))
     if error is not None:
         rank_zero_info(

@@ -26,7 +26,7 @@ from torch.autograd.graph import increment_version
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
-from lightning_qlora.kernels.self_check import first_line, in_clean_thread
+from lightning_qlora.kernels.self_check import first_line, in_clean_thread, simulated_gpu_has
 
 triton_kernels: Any
 try:
@@ -414,8 +414,10 @@ def _on_gpu(tensor: Tensor) -> bool:
 @cache
 def _is_trusted(kind: _Kind) -> bool:
     """Whether a kernel computes here what it should; found out once for each kind of call."""
-    if triton_kernels is None or kind.device.type == "meta":  # a simulation of a GPU that has what this machine has
-        return triton_kernels is not None
+    if kind.device.type == "meta":
+        return simulated_gpu_has(triton_kernels)
+    if triton_kernels is None:
+        return False
     fault = in_clean_thread(lambda: _compare(kind))
     if fault is not None:
         rank_zero_info(

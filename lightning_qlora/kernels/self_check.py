@@ -22,6 +22,7 @@ __all__ = [
     "find_fault",
     "first_line",
     "in_clean_thread",
+    "simulated_gpu_has",
 ]
 
 CHECK_LENGTHS = (5, 64, 1, 131)
@@ -78,6 +79,16 @@ def in_clean_thread(compare: Callable[[], str | None]) -> str | None:
     thread.start()
     thread.join()
     return found[0] if found else "the comparison failed"
+
+
+def simulated_gpu_has(kernel: object) -> bool:
+    """Whether a GPU that is only simulated would have a kernel.
+
+    Args:
+        kernel: What importing it gave here, or ``None``. It says something of this machine's GPU; of a GPU elsewhere,
+            which comes with Triton, it says nothing.
+    """
+    return kernel is not None or not torch.cuda.is_available()
 
 
 def first_line(error: Exception) -> str:
