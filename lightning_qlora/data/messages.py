@@ -7,7 +7,7 @@ order of messages.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from lightning_qlora.data.json_values import BadRowError, check_text, check_value, decode_json, described
 from lightning_qlora.schema import Message, Role
@@ -44,6 +44,9 @@ _CALL_ROLES: Final = frozenset({"function_call", "tool_call"})
 
 _REASONING_KEYS: Final = ("reasoning_content", "reasoning", "thinking")
 _TRAIN_KEYS: Final = ("train", "training", "weight")
+
+_PLAIN_KEYS: Final = frozenset({"role", "content"})
+_PLAIN_ROLES: Final = frozenset({"system", "user", "assistant"})
 
 
 def text_of(value: object, what: str) -> str | None:
@@ -86,6 +89,10 @@ def parse_message(raw: object, what: str) -> Message:
     Raises:
         BadRowError: One of the verdicts on messages.
     """
+    if type(raw) is dict and raw.keys() == _PLAIN_KEYS:  # most messages are no more than that
+        plain_role, text = raw["role"], raw["content"]
+        if type(text) is str and type(plain_role) is str and plain_role in _PLAIN_ROLES and text.strip():
+            return Message(role=cast(Role, plain_role), content=check_text(text, what))
     if not isinstance(raw, Mapping):
         raise BadRowError("message-not-object", f"{what} is {described(raw)}; allowed: {{role: ..., content: ...}}")
     name, role = _role(raw, what)
