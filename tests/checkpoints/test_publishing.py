@@ -417,7 +417,7 @@ for step in range(start + 1, start + 1000):
 
 def kill_while_publishing(root, rng):
     """Start a writer, kill it within its first saves, and check what is left."""
-    package = Path(__file__).parents[1] / "lightning_qlora"
+    package = Path(__file__).parents[2] / "lightning_qlora"
     process = subprocess.Popen(
         [sys.executable, "-c", WRITER, str(root), str(package)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )

@@ -91,6 +91,8 @@ def chunk(source: str, count: int = 2) -> list[Conversation]:
 
 
 def test_workers_import_what_encodes_and_no_more(encoders):
+    show = "import sys; from transformers import PreTrainedTokenizerFast; print(*sys.modules)"
+    tokenizers_modules = set(subprocess.check_output([sys.executable, "-c", show], text=True).split())  # 5.17: torch
     chunks = [(part, chunk(f"{part}.jsonl")) for part in range(6)]
     told = [c.report.examples[0] for c in workers.encode_in_workers(chunks, encoders.Telling(chat()), 2)]
     assert [example["place"] for example in told] == [f"{part}.jsonl:1" for part in range(6)]
@@ -100,7 +102,7 @@ def test_workers_import_what_encodes_and_no_more(encoders):
         assert parallelism == "false"
         assert {"lightning_qlora.data.encoding", "transformers", "pyarrow"} < set(modules)
         heavy = {"torch", "lightning", "peft", "bitsandbytes", "datasets", "pandas"}
-        assert heavy.intersection(modules) == set()
+        assert heavy.intersection(modules) <= tokenizers_modules
 
 
 def test_an_error_is_raised_where_the_rows_were_asked_for(encoders, started):
