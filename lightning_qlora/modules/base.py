@@ -92,7 +92,8 @@ class CausalLMModule(L.LightningModule):
             up to rounding; auto does so on GPUs. Other adapters, and dropout, run PEFT's code in any case.
         fused_elementwise: Run norms, rotary embeddings and gated activations by one kernel each on GPUs that have
             Triton, with equal results up to rounding, where the family's are of the common kinds. compile_layers takes
-            their place.
+            their place. Backward passes write over what they have used: a second one through one graph (retain_graph)
+            is refused, and needs false here.
         compile_layers: Compile whole decoder layers with torch.compile, for faster steps after a first one that takes
             up to a minute, less where the cache has the kernels; other lengths cost nothing more. Only norms and MLPs
             where a family has its own attention or a router; not in layers whose plan is selective.
