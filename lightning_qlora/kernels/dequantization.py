@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 import bitsandbytes.functional as bnb
 import torch
 from bitsandbytes.functional import QuantState
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from lightning_qlora.kernels.self_check import first_line, in_clean_thread, simulated_gpu_has
+from lightning_qlora.kernels.self_check import first_line, may_be_used
 
 triton_dequantize: Any
 try:
@@ -111,17 +110,11 @@ def _values(quant_type: str, device: torch.device) -> Tensor:
 @cache
 def _is_trusted(kind: _Kind) -> bool:
     """Whether the kernel writes here what bitsandbytes does; found out once for each kind of weight."""
-    if kind.device.type == "meta":
-        return simulated_gpu_has(triton_dequantize)
-    if triton_dequantize is None:
-        return False
-    error = in_clean_thread(lambda: _compare(kind))
-    if error is not None:
-        rank_zero_info(
-            f"Triton's dequantisation of {kind.quant_type} weights is not used on {kind.device} for {kind.dtype}: "
-            f"{error}. bitsandbytes' own is used."
-        )
-    return error is None
+    complaint = (
+        f"Triton's dequantisation of {kind.quant_type} weights is not used on {kind.device} for {kind.dtype}: "
+        "{fault}. bitsandbytes' own is used."
+    )
+    return may_be_used(triton_dequantize, kind.device, lambda: _compare(kind), complaint)
 
 
 def _compare(kind: _Kind) -> str | None:

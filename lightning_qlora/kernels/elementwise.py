@@ -19,14 +19,13 @@ from functools import cache
 from typing import Any, NamedTuple, cast
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
-from lightning_qlora.kernels.self_check import first_line, in_clean_thread, simulated_gpu_has
+from lightning_qlora.kernels.self_check import first_line, in_clean_thread, may_be_used
 
 triton_kernels: Any
 try:
@@ -283,9 +282,10 @@ def _find_norm(module: nn.Module) -> Callable[..., Any] | None:
 
 def _run_norm(own: Callable[..., Any], eps: float, centred: bool, module: Any, x: Tensor) -> Tensor:
     weight = module.weight
-    if weight.requires_grad or weight.dtype != x.dtype or x.shape[-1] > _LARGEST_WIDTH or isinstance(weight, DTensor):
-        return cast(Tensor, own(module, x))
-    return rms_norm(x, weight, eps, centred) if _is_fast("norm", x, centred) else cast(Tensor, own(module, x))
+    is_frozen = not (weight.requires_grad or isinstance(weight, DTensor))
+    if is_frozen and weight.dtype == x.dtype and x.shape[-1] <= _LARGEST_WIDTH and _is_fast("norm", x, centred):
+        return rms_norm(x, weight, eps, centred)
+    return cast(Tensor, own(module, x))
 
 
 def _describe_mlp(module: nn.Module) -> Any:
@@ -414,17 +414,11 @@ def _on_gpu(tensor: Tensor) -> bool:
 @cache
 def _is_trusted(kind: _Kind) -> bool:
     """Whether a kernel computes here what it should; found out once for each kind of call."""
-    if kind.device.type == "meta":
-        return simulated_gpu_has(triton_kernels)
-    if triton_kernels is None:
-        return False
-    fault = in_clean_thread(lambda: _compare(kind))
-    if fault is not None:
-        rank_zero_info(
-            f"Triton's kernel for a model's {kind.name}s is not used on {kind.device} for {kind.dtype}: {fault}. They "
-            "run as transformers has them."
-        )
-    return fault is None
+    complaint = (
+        f"Triton's kernel for a model's {kind.name}s is not used on {kind.device} for {kind.dtype}: {{fault}}. They "
+        "run as transformers has them."
+    )
+    return may_be_used(triton_kernels, kind.device, functools.partial(_compare, kind), complaint)
 
 
 def _compare(kind: _Kind) -> str | None:

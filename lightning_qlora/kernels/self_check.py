@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 __all__ = [
@@ -22,7 +23,7 @@ __all__ = [
     "find_fault",
     "first_line",
     "in_clean_thread",
-    "simulated_gpu_has",
+    "may_be_used",
 ]
 
 CHECK_LENGTHS = (5, 64, 1, 131)
@@ -81,14 +82,24 @@ def in_clean_thread(compare: Callable[[], str | None]) -> str | None:
     return found[0] if found else "the comparison failed"
 
 
-def simulated_gpu_has(kernel: object) -> bool:
-    """Whether a GPU that is only simulated would have a kernel.
+def may_be_used(kernel: object, device: torch.device, compare: Callable[[], str | None], complaint: str) -> bool:
+    """Whether a kernel is there and computes on a device what it should; where it does not, that is said.
 
     Args:
-        kernel: What importing it gave here, or ``None``. It says something of this machine's GPU; of a GPU elsewhere,
-            which comes with Triton, it says nothing.
+        kernel: What importing it gave here, or ``None``. It says something of this machine's GPU; of a GPU that is only
+            simulated and stands elsewhere, which comes with Triton, it says nothing.
+        device: Where; ``meta`` for a simulated GPU.
+        compare: Finds what is wrong; run in a clean thread.
+        complaint: What is said, with ``{fault}`` for what is wrong.
     """
-    return kernel is not None or not torch.cuda.is_available()
+    if device.type == "meta":
+        return kernel is not None or not torch.cuda.is_available()
+    if kernel is None:
+        return False
+    fault = in_clean_thread(compare)
+    if fault is not None:
+        rank_zero_info(complaint.format(fault=fault))
+    return fault is None
 
 
 def first_line(error: Exception) -> str:
