@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import bitsandbytes.functional as bnb
 import pytest
 import torch
@@ -19,16 +15,8 @@ SHAPES = [(16, 256), (128, 96), (5, 66), (3, 7), (1, 64), (33, 4096)]
 
 
 @pytest.fixture
-def interpreted(monkeypatch):
-    """The kernel's module, its code run by Triton's interpreter on the CPU."""
-    pytest.importorskip("triton")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    path = Path(dequantization.__file__).with_name("dequantization_triton.py")
-    spec = importlib.util.spec_from_file_location("interpreted_dequantization", path)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    return module
+def interpreted(interpret):
+    return interpret("dequantization_triton")
 
 
 def random_weight(shape, blocksize=64, quant_type="nf4", nested=True, device="cpu"):

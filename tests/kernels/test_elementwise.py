@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from peft import LoraConfig
@@ -30,16 +26,10 @@ KINDS = [("norm", False), ("norm", True), ("activation", False), ("activation", 
 
 
 @pytest.fixture
-def interpreted(monkeypatch):
-    """The kernels, their code run by Triton's interpreter on the CPU, and taken for those of a GPU."""
-    triton = pytest.importorskip("triton")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    path = Path(elementwise.__file__).with_name("elementwise_triton.py")
-    spec = importlib.util.spec_from_file_location("interpreted_elementwise", path)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    module._add = triton.language.standard._sum_combine  # which the interpreter knows as a whole, and is fast with
+def interpreted(interpret, monkeypatch):
+    """The kernels, interpreted, and taken for those of a GPU."""
+    module = interpret("elementwise_triton")
+    module._add = module.tl.standard._sum_combine  # which the interpreter knows as a whole, and is fast with
     monkeypatch.setattr(elementwise, "triton_kernels", module)
     monkeypatch.setattr(elementwise, "_on_gpu", lambda tensor: True)
     elementwise._is_trusted.cache_clear()
