@@ -19,7 +19,6 @@ import time
 STARTED = time.perf_counter()
 
 import argparse  # noqa: E402
-import gc  # noqa: E402
 import json  # noqa: E402
 import sys  # noqa: E402
 import traceback  # noqa: E402
@@ -31,7 +30,7 @@ import peft  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from cases import CASES, GIB, SHAPES, Case, case_of, expand, summary  # noqa: E402
-from checks import curve, gate  # noqa: E402
+from checks import curve, free_memory, gate  # noqa: E402
 from fits import Batches, Clock, make_module, make_trainer  # noqa: E402
 
 from lightning_qlora import PerformanceMonitor  # noqa: E402
@@ -156,10 +155,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def start_afresh(on_gpu: bool) -> None:
     """Leave nothing of the measurement before, so that this one is what it would be by itself."""
     torch.compiler.reset()
-    gc.collect()
+    free_memory()
     torch.manual_seed(0)
     if on_gpu:
-        torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 

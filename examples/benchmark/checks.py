@@ -39,12 +39,11 @@ class Step(NamedTuple):
 
 def gate(options: argparse.Namespace) -> dict[str, Any]:
     """Compare the first step with float32 on the dequantised weights, and with plain code in the dtype of fit."""
-    batch: Any = Batches(case_of(options), 1, SHAPES[options.shape]["vocab_size"]).batches[0]
-    batch = {name: v.to(options.device) if isinstance(v, Tensor) else v for name, v in batch.items()}
+    batch = _on_device(Batches(case_of(options), 1, SHAPES[options.shape]["vocab_size"]).batches[0], options.device)
     own, adapters, fused = _own_step(options, batch)
     steps = []
     for exact in (False, True):  # one model at a time: in float32 an 8B takes 30 GiB
-        _free()
+        free_memory()
         steps.append(_plain_step(options, batch, adapters, exact))
     plain, expected = steps
     difference, cosine = abs(own.loss - expected.loss), _cosine(own, expected)
@@ -84,6 +83,10 @@ def _plain_step(options: argparse.Namespace, batch: Any, adapters: Adapters, exa
     return Step(loss, _gradients(model))
 
 
+def _on_device(batch: Any, device: str) -> Any:
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
 def _autocast(device: str) -> Any:
     return torch.autocast("cuda", torch.bfloat16) if device == "cuda" else nullcontext()
 
@@ -107,7 +110,8 @@ def _worst_cosine(one: Step, two: Step) -> float:
     return min(each).item()
 
 
-def _free() -> None:
+def free_memory() -> None:
+    """Give back what nobody refers to any more."""
     gc.collect()  # compiled layers refer to themselves
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -183,7 +187,7 @@ def curve(options: argparse.Namespace) -> dict[str, Any]:
     own = [loss.item() for loss in clock.losses]
     make_optimizer, plan, fused = module.optimizer, str(clock.plan), clock.fused
     del module, clock
-    _free()
+    free_memory()
     plain = _plain_losses(options, data.batches, start.adapters, make_optimizer)
     distances = [abs(one - two) / two for one, two in zip(_means(own), _means(plain), strict=True)]
     return {
@@ -205,9 +209,8 @@ def _plain_losses(
         group["lr"] = options.lr
     losses = []
     for batch in batches:
-        on_device = {name: v.to(options.device) if isinstance(v, Tensor) else v for name, v in batch.items()}
         with _autocast(options.device):
-            losses.append(plain_backward(model, on_device))
+            losses.append(plain_backward(model, _on_device(batch, options.device)))
         for parameter in trained:
             parameter.grad /= batch["targets"].numel()
         optimizer.step()

@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from lightning_qlora import PreferenceModule, SFTModule
 from lightning_qlora.data import Document, PackedCollator, pack_documents
-from lightning_qlora.data.collators import AnswerKind
+from lightning_qlora.data.documents import AnswerKind
 from lightning_qlora.data.preference_batching import PreferenceBatching
 from lightning_qlora.kernels.lora import is_fused
 from lightning_qlora.memory import MemoryModel, memory_of_run

@@ -236,8 +236,8 @@ def render(records: list[Record], folder: Path) -> str:
         names = ("torch", "transformers", "peft", "bitsandbytes", "trl", "unsloth")
         versions = {name: r[name] for r in measured for name in names if name in r}
         lines += [f"On one {first['device_name']}: " + ", ".join(f"{n} {v}" for n, v in versions.items()) + ".", ""]
-    lines += ["Measured by `examples/benchmark/everything.py`, drawn by `report.py`; README.md beside this page says "
-              "what the cases are. A figure is the median of its rounds.", ""]  # fmt: skip
+    lines += ["Measured by the commands of `examples/benchmark/everything.py`, drawn by `report.py`; README.md beside "
+              "this page says what the cases are. A figure is the median of its rounds.", ""]  # fmt: skip
     if floor is not None:
         full, none = (" or ".join(f"{limit:,}" for limit in _limits(floor, plan)) for plan in ("full", "none"))
         lines += [f"The floor (products, dequantisation and attention alone): {full} tokens/s with recomputation, "
