@@ -226,9 +226,9 @@ class CausalLMModule(L.LightningModule):
         else:
             tokens = self._tokens_to_train(base, data.control_token_ids if data is not None else ())
             self.model = attach_adapters(base, self.lora, token_ids_to_train=tokens)
-        if self.fused_lora is True or (self.fused_lora == "auto" and base.device.type == "cuda"):
+        if self.fuses_lora(base.device.type):
             fuse_lora_if_equal(self.model)
-        if self.fused_elementwise and not self.compile_layers and base.device.type == "cuda":
+        if self.fuses_elementwise(base.device.type):
             fuse_elementwise(self.model)
         self._hold_plan(self.layer_plan or "full")
         self._set_stop_tokens(base, data.stop_token_ids if data is not None else ())
@@ -237,6 +237,14 @@ class CausalLMModule(L.LightningModule):
         self._supervised_forward = SupervisedForward(self.model, self.isolates_documents)
         self.on_model_built()
         return self.model
+
+    def fuses_lora(self, device_type: str) -> bool:
+        """Whether LoRA is to be fused on such a device, ``cuda`` or ``cpu``."""
+        return self.fused_lora is True or (self.fused_lora == "auto" and device_type == "cuda")
+
+    def fuses_elementwise(self, device_type: str) -> bool:
+        """Whether norms, rotations and activations are to be fused on such a device."""
+        return self.fused_elementwise and not self.compile_layers and device_type == "cuda"
 
     def on_model_built(self) -> None:
         """Hook for subclasses: ``self.model`` has just been built and is not wrapped yet."""

@@ -177,16 +177,15 @@ class _Builder:
             dtype=self.dtype,
             trust_remote_code=module.trust_remote_code,
         )
-        on_gpu = self.device == "cuda"
-        if module.fused_lora is True or (module.fused_lora == "auto" and on_gpu):
+        if module.fuses_lora(self.device):
             fuse_lora(skeleton)
-        if module.fused_elementwise and on_gpu and not module.compile_layers:
+        if module.fuses_elementwise(self.device):
             fuse_elementwise(skeleton)
         optimizer: Any = build_optimizer(module.optimizer, skeleton)
         mixed = None if self.dtype is torch.float32 else self.dtype
         memory = MemoryModel(
             skeleton,
-            memory_of_optimizer(optimizer, on_gpu=on_gpu),
+            memory_of_optimizer(optimizer, on_gpu=self.device == "cuda"),
             device=self.device,
             autocast=mixed,
             accumulates=self.accumulates,
