@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear4bit
+from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -100,3 +104,17 @@ def pad_batch(documents: list[torch.Tensor], masks: list[torch.Tensor]) -> dict[
         "targets": ids.flatten()[target_positions + 1],
         "row_ids": tuple(range(len(documents))),
     }
+
+
+def digests(model: nn.Module) -> dict[str, str]:
+    """Of each 4-bit weight, whole, and of the constants that dequantise it."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Linear4bit):
+            weight, state = module.weight, module.quant_state
+            data = weight.full_tensor() if isinstance(weight, DTensor) else weight.data
+            parts = (data, state.absmax, state.state2.absmax, state.offset)
+            found[name.removesuffix(".base_layer")] = hashlib.sha256(
+                b"".join(p.cpu().reshape(-1).view(torch.uint8).numpy().tobytes() for p in parts)
+            ).hexdigest()
+    return found

@@ -82,6 +82,14 @@ class FSDP2Strategy(ModelParallelStrategy):
         chosen = self._process_group_backend or ("cpu:gloo,cuda:nccl" if self._offloads_from_gpu else None)
         return chosen or super()._get_process_group_backend()
 
+    @override
+    def _setup_distributed(self) -> None:
+        super()._setup_distributed()
+        world = torch.distributed.group.WORLD
+        if world is not None and self._process_group_backend != "nccl":
+            # Bound to a GPU, a group would be split for the mesh, which torch 2.11 does for NCCL alone.
+            world.bound_device_id = None
+
     # ShardsModel
 
     @contextmanager

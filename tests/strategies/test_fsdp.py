@@ -1,13 +1,10 @@
 """What FSDP2 keeps: the bytes of 4-bit weights, host memory, checkpoints, generation; on two gloo processes."""
 
-import hashlib
-
 import lightning as L
 import pytest
 import torch
-from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
-from tiny_models import random_batch, save_tiny_model
+from tiny_models import digests, random_batch, save_tiny_model
 from tiny_ranks import run_ranks
 from tiny_run import TinyData, tiny_module, tiny_trainer
 from torch.distributed.tensor import DTensor
@@ -26,20 +23,6 @@ SEVERAL = {"devices": 2, "max_epochs": 1}
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return save_tiny_model(tmp_path_factory.mktemp("base"))
-
-
-def digests(model):
-    """Of each 4-bit weight, whole, and of the constants that dequantise it."""
-    found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, Linear4bit):
-            weight, state = module.weight, module.quant_state
-            data = weight.full_tensor() if isinstance(weight, DTensor) else weight.data
-            parts = (data, state.absmax, state.state2.absmax, state.offset)
-            found[name.removesuffix(".base_layer")] = hashlib.sha256(
-                b"".join(p.cpu().reshape(-1).view(torch.uint8).numpy().tobytes() for p in parts)
-            ).hexdigest()
-    return found
 
 
 class Look(L.Callback):
