@@ -11,6 +11,7 @@ from typing import Literal, TypeAlias
 
 import torch
 from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[attr-defined]  # of its HTTP client
 from transformers import AutoConfig, GenerationConfig
 
 from lightning_qlora.pretrained import load_tokenizer
@@ -138,7 +139,7 @@ def _about(folder: Path) -> dict[str, str]:
 
 
 def _hub_token() -> str:
-    token = os.environ.get("HF_TOKEN", "")
+    token = os.environ.get("HF_TOKEN", "").strip()  # a line break would end up, with the token, in an error
     if not token:
         raise ValueError(
             "Pushing needs a token with write access in the environment variable HF_TOKEN; it is not set. A token is "
@@ -148,17 +149,30 @@ def _hub_token() -> str:
 
 
 def _push(folder: Path, file: Path | None, repository: str, token: str, private: bool) -> str:
-    """Upload the folder by huggingface_hub's own call; return its address."""
+    """Upload the folder by huggingface_hub's own calls; return its address."""
     api = HfApi(token=token)
-    address = api.create_repo(repository, private=private, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         source = folder
         if (folder / "adapter_config.json").is_file():
             source = _adapter_to_publish(folder, Path(scratch))
-        api.upload_folder(repo_id=repository, folder_path=source, ignore_patterns=list(_LEFT_OUT))
-    if file is not None:
-        api.upload_file(repo_id=repository, path_or_fileobj=file, path_in_repo=file.name)
+        try:
+            address = api.create_repo(repository, private=private, exist_ok=True)
+            api.upload_folder(repo_id=repository, folder_path=source, ignore_patterns=list(_LEFT_OUT))
+            if file is not None:
+                api.upload_file(repo_id=repository, path_or_fileobj=file, path_in_repo=file.name)
+        except (HTTPError, ConnectionError) as error:
+            raise ValueError(_failure(error, repository, api.endpoint)) from error
     return str(address)
+
+
+def _failure(error: Exception, repository: str, endpoint: str) -> str:
+    if not isinstance(error, HfHubHTTPError):
+        return f"The hub at {endpoint} could not be reached for the push to {repository!r}: {error}"
+    status, said = error.response.status_code, error.server_message or error.response.reason_phrase
+    message = f"The hub at {endpoint} refused the push to {repository!r} with {status} ({said})."
+    if status in (401, 403, 404):  # 404 is what it says of a repository that the token may not see
+        message += " Write a token with write access to it into the environment variable HF_TOKEN."
+    return message
 
 
 def _adapter_to_publish(folder: Path, scratch: Path) -> Path:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from gguf import GGUFReader
-from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig
 from tiny import SENTENCES, tiny_tokenizer
 from tiny_models import save_tiny_model
@@ -19,7 +16,6 @@ from lightning_qlora.model import attach_adapters, load_adapter, load_base_model
 from lightning_qlora.tools import export
 from lightning_qlora.tools.exporting import gguf_file, read_vocabulary
 
-TOOL = importlib.import_module("lightning_qlora.tools.export")  # the package's attribute of that name is the function
 STYLES = {
     "llama": "llama3",
     "mistral": "chatml",
@@ -224,57 +220,3 @@ def test_nothing_is_overwritten_and_nothing_half_written_stays(tmp_path, monkeyp
         export(folder, str(tmp_path / "new.gguf"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "there.gguf"]
     assert (tmp_path / "there.gguf").read_text() == "mine"
-
-
-# The hub
-
-
-class StubApi:
-    """What stands where the hub would: it remembers what it was given."""
-
-    def __init__(self, token=None):
-        StubApi.token, StubApi.files, StubApi.repositories = token, {}, []
-
-    def create_repo(self, repo_id, private, exist_ok):
-        StubApi.repositories.append((repo_id, private))
-        return f"https://hub/{repo_id}"
-
-    def upload_folder(self, repo_id, folder_path, ignore_patterns):
-        names = [path.relative_to(folder_path).as_posix() for path in Path(folder_path).rglob("*") if path.is_file()]
-        for name in filter_repo_objects(names, ignore_patterns=ignore_patterns):
-            StubApi.files[name] = (Path(folder_path) / name).read_bytes()
-
-    def upload_file(self, repo_id, path_or_fileobj, path_in_repo):
-        StubApi.files[path_in_repo] = Path(path_or_fileobj).read_bytes()
-
-
-def test_pushing_takes_its_token_from_the_environment_alone(tmp_path, monkeypatch):
-    folder = save_model(tmp_path / "model")
-    monkeypatch.setattr(TOOL, "HfApi", StubApi)
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    with pytest.raises(ValueError, match="HF_TOKEN"):
-        export(folder, push_to_hub="me/model")
-    monkeypatch.setenv("HF_TOKEN", "from-the-environment")
-    export(folder, str(tmp_path / "model.gguf"), push_to_hub="me/model")
-    assert StubApi.token == "from-the-environment"
-    assert StubApi.repositories == [("me/model", True)]
-    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md", "model.gguf"} <= StubApi.files.keys()
-
-
-def test_an_adapter_is_pushed_without_trainer_state_and_local_paths(tmp_path, monkeypatch):
-    base = save_model(tmp_path / "base")
-    adapter = Path(save_lora(tmp_path / "adapter", base, **NF4))
-    (adapter / "trainer.ckpt").write_bytes(b"optimizer")
-    (adapter / "README.md").write_text("[More Information Needed]")
-    monkeypatch.setattr(TOOL, "HfApi", StubApi)
-    monkeypatch.setattr(TOOL, "base_of", lambda *_: ("org/base", None))
-    monkeypatch.setenv("HF_TOKEN", "secret-of-the-environment")
-    export(str(adapter), push_to_hub="me/adapter")
-    assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} == StubApi.files.keys()
-    assert json.loads(StubApi.files["adapter_config.json"])["base_model_name_or_path"] == "org/base"
-    card = StubApi.files["README.md"].decode()
-    assert "base_model: org/base" in card
-    assert "More Information" not in card
-    everything = b"".join(StubApi.files.values())
-    assert str(tmp_path).encode() not in everything
-    assert b"secret-of-the-environment" not in everything
