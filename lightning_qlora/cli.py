@@ -28,6 +28,7 @@ from lightning_qlora.callbacks import AdapterCheckpoint, PerformanceMonitor, Pre
 from lightning_qlora.model import compute_dtype
 from lightning_qlora.modules import CausalLMModule
 from lightning_qlora.modules.precision import refuse_bitsandbytes_precision
+from lightning_qlora.ranks import RankError
 from lightning_qlora.redaction import scrub
 from lightning_qlora.strategies import default_strategy
 from lightning_qlora.tools import PLANNING_TOOLS, TOOLS
@@ -267,7 +268,7 @@ def main(args: list[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended to run from within")
             QLoRACLI(arguments)
-    except (ValueError, MisconfigurationException) as error:
+    except (ValueError, MisconfigurationException, RankError) as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
         rank_zero_info("")

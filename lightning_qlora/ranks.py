@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import lightning as L
 import torch.distributed as dist
 
-__all__ = ["RankZeroError", "gather_objects", "on_rank_zero"]
+__all__ = ["RankError", "RankZeroError", "agree", "gather_objects", "on_rank_zero", "together"]
 
 T = TypeVar("T")
+
+
+class RankError(RuntimeError):
+    """Another rank failed at something that all ranks do together."""
 
 
 class RankZeroError(RuntimeError):
@@ -47,3 +52,35 @@ def gather_objects(value: T) -> list[T]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Do something on all ranks; where one fails, all the others raise at once, with its message.
+
+    Ranks that wait for one another inside the context call :func:`agree` each time before they do.
+
+    Raises:
+        RankError: On the ranks that did not fail themselves.
+    """
+    try:
+        yield
+    except RankError:  # every rank has been told
+        raise
+    except Exception as error:
+        agree(error)
+        raise
+    else:
+        agree()
+
+
+def agree(error: Exception | None = None) -> None:
+    """Tell the other ranks that this one has come so far, or why it comes no further; all ranks must call it.
+
+    Raises:
+        RankError: If others have failed, and this one has not.
+    """
+    messages = gather_objects(None if error is None else f"{type(error).__name__}: {error}")
+    failed = [f"Rank {rank} failed: {message}" for rank, message in enumerate(messages) if message is not None]
+    if failed and error is None:
+        raise RankError("\n".join(failed))

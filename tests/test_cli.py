@@ -9,6 +9,8 @@ from tiny import tiny_tokenizer
 from tiny_models import save_tiny_model
 
 from lightning_qlora.cli import main
+from lightning_qlora.modules import SFTModule
+from lightning_qlora.ranks import RankError
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +146,17 @@ def test_answers_without_supervised_tokens_are_refused(run):
     code, output = run("fit", "--data.train=empty_answers.jsonl")
     assert code == 1
     assert "empty_answers.jsonl" in output
+
+
+def test_what_another_rank_failed_at_is_one_message(run, monkeypatch):
+    def build(module, base):
+        raise RankError("Rank 1 failed: OSError: Input/output error")
+
+    monkeypatch.setattr(SFTModule, "_build", build)
+    code, output = run("fit")
+    assert code == 1
+    assert "error: Rank 1 failed: OSError: Input/output error" in output
+    assert "Traceback" not in output
 
 
 def test_a_traceback_is_shown_when_asked_for(run, monkeypatch):

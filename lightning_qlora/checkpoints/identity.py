@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
 from lightning_qlora.checkpoints.publishing import Published, read_manifest, verify
+from lightning_qlora.ranks import agree
 
 __all__ = [
     "FIELDS",
@@ -197,6 +198,7 @@ def _digest_tensors(model: nn.Module, gather: bool) -> tuple[str | None, str | N
             if not gather:
                 return None, None, digest.device  # a shard says nothing about the whole; names and options still do
             constants = {key: value for key, value in vars(parameter).items() if key == "quant_state"}
+            agree()
             parameter = parameter.full_tensor()
             vars(parameter).update(constants)
         digest.add(name, parameter)

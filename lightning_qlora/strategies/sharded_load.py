@@ -23,6 +23,8 @@ from torch.nn.modules.module import (
 from transformers import modeling_utils
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from lightning_qlora.ranks import agree
+
 __all__ = ["ShardedLoad", "laid_out"]
 
 _WRAPPED = ("base_layer", "original_module")
@@ -149,8 +151,10 @@ class _Place:
 @torch.no_grad()
 def _gather(root: nn.Module, device: torch.device) -> list[_Place]:
     """Make every parameter below a module whole, on a device; return where they are."""
-    places = []
-    for module, name, cut in _cut_parameters(root):
+    parameters, places = _cut_parameters(root), []
+    if parameters:
+        agree()
+    for module, name, cut in parameters:
         attributes = dict(vars(cut))
         kind = attributes.pop(_CLASS)
         whole = torch.Tensor._make_subclass(kind, cut.full_tensor().to(device), cut.requires_grad)

@@ -1,11 +1,15 @@
-"""The two things that a strategy which cuts models up asks of a module that builds one."""
+"""What surrounds the building of a model on several ranks, and what a strategy that cuts models up asks of it."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol, runtime_checkable
 
+from lightning.pytorch.strategies import ParallelStrategy
 from peft import PeftModel
+
+from lightning_qlora.ranks import together
 
 __all__ = ["ShardsModel", "build_sharded", "shard"]
 
@@ -23,9 +27,18 @@ class ShardsModel(Protocol):
         ...
 
 
-def build_sharded(strategy: object) -> AbstractContextManager[None]:
-    """Surround the building of a model as the strategy wants it; do nothing for those that keep models whole."""
-    return strategy.building() if isinstance(strategy, ShardsModel) else nullcontext()
+@contextmanager
+def build_sharded(strategy: object) -> Iterator[None]:
+    """Surround the building of a model: as the strategy wants it, and so that all ranks end where one fails alone.
+
+    Raises:
+        RankError: On the ranks that did not fail themselves.
+    """
+    with (
+        together() if isinstance(strategy, ParallelStrategy) else nullcontext(),
+        strategy.building() if isinstance(strategy, ShardsModel) else nullcontext(),
+    ):
+        yield
 
 
 def shard(strategy: object, model: PeftModel) -> None:
