@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from bitsandbytes.nn import Int8Params
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
@@ -61,7 +62,11 @@ class ShardedLoad:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Cut up what is loaded, and gather what is read, for the length of the context."""
+        """Cut up what is loaded, and gather what is read, for the length of the context.
+
+        Raises:
+            MisconfigurationException: Inside, if weights have 8 bits.
+        """
         handles = (
             register_module_module_registration_hook(self._on_module),
             register_module_parameter_registration_hook(cast(Any, self._on_parameter)),  # torch's annotation: None
@@ -78,10 +83,16 @@ class ShardedLoad:
     # Called by torch, for every module there is
 
     def _on_parameter(self, module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if isinstance(parameter, Int8Params):  # still on the meta device: nothing has been read
+            raise MisconfigurationException(
+                "quantization asks for 8-bit weights (LLM.int8()), which cannot be cut up: bitsandbytes keeps a second "
+                "reference to each and multiplies by that, which FSDP2 does not gather. Write --model.quantization=nf4, "
+                "which takes half as much, or --trainer.strategy=ddp where one device holds the base."
+            )
         before = module._parameters.get(name)
         if before is None or parameter is None or not before.is_meta or parameter.is_meta:
             return None  # not loaded just now
-        if parameter.ndim < 2 or isinstance(parameter, DTensor | Int8Params):  # 8-bit layers hold their weight twice
+        if parameter.ndim < 2 or isinstance(parameter, DTensor):
             return None
         layer = self._layer_of(module)
         return None if layer is None or self._is_first_of_its_kind(layer) else self._cut(parameter)
