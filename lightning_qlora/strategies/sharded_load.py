@@ -86,8 +86,8 @@ class ShardedLoad:
         if isinstance(parameter, Int8Params):  # still on the meta device: nothing has been read
             raise MisconfigurationException(
                 "quantization asks for 8-bit weights (LLM.int8()), which cannot be cut up: bitsandbytes keeps a second "
-                "reference to each and multiplies by that, which FSDP2 does not gather. Write --model.quantization=nf4, "
-                "which takes half as much, or --trainer.strategy=ddp where one device holds the base."
+                "reference to each and multiplies by that, which FSDP2 does not gather. Write "
+                "--model.quantization=nf4, which takes half as much, or --trainer.strategy=ddp."
             )
         before = module._parameters.get(name)
         if before is None or parameter is None or not before.is_meta or parameter.is_meta:
