@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from lightning_qlora.kernels.checkpointing import MixedPlan, Plan, set_checkpointing
+from lightning_qlora.kernels.host_offload import HostOffload
 from lightning_qlora.pretrained import resolve_pretrained
 
 __all__ = [
@@ -283,26 +284,29 @@ def base_model(model: PeftModel) -> PreTrainedModel:
     return cast(PreTrainedModel, model.get_base_model())
 
 
-def set_activation_checkpointing(base: PreTrainedModel, plan: Plan | MixedPlan) -> None:
+def set_activation_checkpointing(base: PreTrainedModel, plan: Plan | MixedPlan) -> HostOffload | None:
     """Say what each decoder layer keeps for the backward pass, in place of what was said before.
 
     Args:
         base: The transformers model, with or without adapters in its layers.
         plan: As in :mod:`lightning_qlora.kernels.checkpointing`.
 
+    Returns:
+        What moves tensors to the host, where the plan has it.
+
     Raises:
         MisconfigurationException: If the family's layers cannot be checkpointed.
     """
     layers = checkpointed_layers(base)
-    if layers:
-        set_checkpointing(layers, plan)
-    elif plan != "none":
+    offload = set_checkpointing(layers, plan) if layers else None
+    if offload is None and plan != "none":
         raise MisconfigurationException(
             f"{type(base).__name__} has no decoder layers of a kind that can be recomputed. Write "
             "--model.activation_checkpointing=none."
         )
     if plan != "none":
         base.config.use_cache = False
+    return offload
 
 
 def checkpointed_layers(base: PreTrainedModel) -> list[nn.Module]:

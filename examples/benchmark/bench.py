@@ -34,7 +34,7 @@ from checks import curve, free_memory, gate  # noqa: E402
 from fits import Batches, Clock, make_module, make_trainer  # noqa: E402
 
 from lightning_qlora import PerformanceMonitor  # noqa: E402
-from lightning_qlora.memory import MemoryModel, build_optimizer, optimizer_memory, skeleton_of  # noqa: E402
+from lightning_qlora.memory import PLANS, MemoryModel, build_optimizer, optimizer_memory, skeleton_of  # noqa: E402
 
 IMPORTED = time.perf_counter()
 
@@ -130,7 +130,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["run", "gate", "curve", "context"])
     parser.add_argument("case", nargs="?", choices=sorted(CASES), default="full2k")
-    parser.add_argument("--plan", default="full", choices=["none", "selective", "full", "offload", "auto"])
+    parser.add_argument("--plan", default="full", choices=[*PLANS, "auto"])
     parser.add_argument("--fused_lora", default="auto", choices=["auto", "true", "false"])
     parser.add_argument("--compile_layers", action="store_true")
     parser.add_argument("--cap_gib", type=float, help="share of the GPU's memory that the process may take")

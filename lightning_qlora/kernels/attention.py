@@ -244,7 +244,7 @@ def _attend_alike(
     query: Tensor, key: Tensor, value: Tensor, num_documents: int, scaling: float | None, dropout: float
 ) -> Tensor:
     """Attend within documents of one length, which are a batch without padding: torch has faster kernels for these."""
-    query, key, value = (x[0].unflatten(1, (num_documents, -1)).transpose(0, 1) for x in (query, key, value))
+    query, key, value = (x.squeeze(0).unflatten(1, (num_documents, -1)).transpose(0, 1) for x in (query, key, value))
     output = _attend(query, key, value, None, True, scaling, dropout, None)
     return output.transpose(1, 2).flatten(0, 1)[None]
 

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lightning_qlora.kernels.attention import DOCUMENT_ATTENTION, use_graph_attention
-from lightning_qlora.kernels.checkpointing import MixedPlan, Plan, plan_of_layers
+from lightning_qlora.kernels.checkpointing import SELECTIVE, MixedPlan, Plan, plan_of_layers
 
 __all__ = ["compile_decoder", "compile_layers", "compile_parts"]
 
@@ -55,8 +55,7 @@ def compile_layers(layers: Sequence[nn.Module], plan: Plan | MixedPlan, *, backe
     """Compile decoder layers when they first run in training or evaluation; generation runs them as they are.
 
     What a layer keeps for the backward pass is decided around the compiled code: a layer that is recomputed runs the
-    same graphs again. Layers of the plan ``selective`` are left as they are: what is to be kept there is chosen
-    operator by operator, and compiled code shows none.
+    same graphs again. Layers of a selective plan are left as they are: their code contains the checkpoint.
 
     Args:
         layers: In the order they run; transformers' ``GradientCheckpointingLayer``, under
@@ -70,7 +69,7 @@ def compile_layers(layers: Sequence[nn.Module], plan: Plan | MixedPlan, *, backe
     compiled: dict[Any, Callable[..., Any]] = {}
     count = 0
     for layer, name in zip(layers, plan_of_layers(plan, len(layers)), strict=True):
-        if name == "selective":
+        if name in SELECTIVE:
             continue
         forward, checkpoints = _plain_forward(type(layer))
         if forward not in compiled:
@@ -122,7 +121,7 @@ def compile_parts(layers: Sequence[nn.Module], plan: Plan | MixedPlan, *, backen
     """
     count = 0
     for layer, name in zip(layers, plan_of_layers(plan, len(layers)), strict=True):
-        if name == "selective":
+        if name in SELECTIVE:
             continue
         for part, module in layer.named_children():
             if part == "mlp" or part.endswith("norm"):

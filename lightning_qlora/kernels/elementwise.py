@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import functools
 import types
+import weakref
 from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple, cast
@@ -46,7 +47,6 @@ __all__ = [
 _TOLERANCES = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}  # of the norm
 _CHECKED_ROWS = 6
 _LARGEST_WIDTH = 16384
-_SOURCE = "_lightning_qlora_source"  # a tensor's attribute
 _ROTATION = "apply_rotary_pos_emb"  # how transformers names the function in every family that has one
 
 
@@ -69,12 +69,19 @@ class Source(NamedTuple):
     def form(self) -> Tensor:
         """Return the output's numbers."""
         function: Any = {"norm": _RMSNorm, "activation": _GatedActivation}[self.kind]
-        return cast(Tensor, function.apply(*self.tensors, *self.options))
+        output: Tensor = function.apply(*self.tensors, *self.options)
+        _SOURCES[output.untyped_storage()] = self
+        return output
+
+
+_SOURCES: weakref.WeakKeyDictionary[torch.UntypedStorage, Source] = weakref.WeakKeyDictionary()
+"""Of the outputs that are alive. By their storage: what autograd hands out of what it saved is another tensor of it."""
 
 
 def source_of(tensor: Tensor) -> Source | None:
-    """Return what a tensor is formed of, if :func:`rms_norm` or :func:`gated_activation` has returned it."""
-    return getattr(tensor, _SOURCE, None)
+    """Return what a tensor is formed of, if it is the whole of what a norm or a gated activation has returned."""
+    source = _SOURCES.get(tensor.untyped_storage())
+    return source if source is not None and source.tensors[0].numel() == tensor.numel() else None
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -157,7 +164,7 @@ def _apply(function: Any, *args: Any) -> Any:
 
 def _note(output: Tensor, kind: str, tensors: list[Tensor], *options: float) -> Tensor:
     if output.requires_grad:
-        setattr(output, _SOURCE, Source(kind, tensors, [float(option) for option in options]))
+        _SOURCES[output.untyped_storage()] = Source(kind, tensors, [float(option) for option in options])
     return output
 
 

@@ -177,7 +177,7 @@ def attend_in_graph(
 
     Nothing here looks at numbers, so that a graph of ``torch.compile`` can contain it.
     """
-    query, key, value = (tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value))
+    query, key, value = (tensor.squeeze(0).transpose(0, 1).to(dtype) for tensor in (query, key, value))
     return _call(query, key, value, offsets, longest, scaling, sliding_window, keys)[None]
 
 

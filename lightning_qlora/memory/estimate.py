@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 
 from lightning_qlora.accounting import Storage, count_storage, logical_numel, stored_bytes
-from lightning_qlora.kernels.checkpointing import MixedPlan
+from lightning_qlora.kernels.checkpointing import OFFLOADING, MixedPlan
 from lightning_qlora.memory.layers import decoder_layers, layer_kinds, only_layers
 from lightning_qlora.memory.optimizer import OptimizerMemory
 from lightning_qlora.memory.simulation import PLANS, Device, Plan, StepMemory, simulate_step
@@ -137,15 +137,15 @@ class MemoryModel:
         length = min(num_tokens, max(_LEAST_DOCUMENT, document_length or num_tokens))
         supervised = num_tokens if num_supervised is None else num_supervised
         if isinstance(plan, MixedPlan):
-            lean, rich = (self._planned(num_tokens, length, supervised, each) for each in (plan.lean, plan.rich))
+            lean, rich = (self._step(num_tokens, length, supervised, each) for each in (plan.lean, plan.rich))
             steps = lean.mix(rich, plan.num_lean)
         else:
-            steps = self._planned(num_tokens, length, supervised, plan)
+            steps = self._step(num_tokens, length, supervised, plan)
         step = steps.all_layers
         held = self.weights + self.adapters + self.optimizer.state + self.buckets
         accumulated = self.gradients if self.accumulates else 0
         of_a_layer = max(accumulated, self.gradients // steps.num_layers)
-        first_layer = steps.one_layer.backward
+        first_layer = steps.few_layers.backward
         moments: dict[Moment, int] = {
             "forward": accumulated + step.forward,
             "head": accumulated + step.head,
@@ -167,7 +167,7 @@ class MemoryModel:
             activations=step.kept,
             logits=max(0, step.head - step.kept),
             scratch=max(0, step.backward - step.kept),
-            host=steps.host,
+            host=step.host,
             peak=peaks[moment],
             moment=moment,
         )
@@ -180,12 +180,14 @@ class MemoryModel:
         plans: Sequence[Plan] = PLANS,
         mixed: bool = False,
         document_length: int | None = None,
+        host_budget: int | None = None,
     ) -> MemoryEstimate | None:
         """Return the fastest plan whose peak stays within a budget, or ``None``.
 
         Args:
             num_tokens: Tokens of one micro-batch.
             budget: In bytes.
+            host_budget: For what waits in host memory; ``None`` for any amount.
             plans: What there is to choose from, the fastest first.
             mixed: Whether only as many layers as must follow the first plan that fits, and the others the one before.
             document_length: As for :meth:`estimate`.
@@ -194,16 +196,15 @@ class MemoryModel:
         def estimate(plan: Plan | MixedPlan) -> MemoryEstimate:
             return self.estimate(num_tokens, plan=plan, document_length=document_length)
 
-        fits = next((index for index, plan in enumerate(plans) if estimate(plan).peak <= budget), None)
+        def fits_in(found: MemoryEstimate) -> bool:
+            return found.peak <= budget and (host_budget is None or found.host <= host_budget)
+
+        fits = next((index for index, plan in enumerate(plans) if fits_in(estimate(plan))), None)
         if fits is None or fits == 0 or not mixed:
             return None if fits is None else estimate(plans[fits])
         num_layers = sum(map(len, self._kinds))
         partial = (estimate(MixedPlan(plans[fits], count, plans[fits - 1])) for count in range(1, num_layers))
-        return next((found for found in partial if found.peak <= budget), None) or estimate(plans[fits])
-
-    def _planned(self, num_tokens: int, length: int, supervised: int, plan: Plan) -> _Steps:
-        steps = self._step(num_tokens, length, supervised, "full" if plan == "offload" else plan)
-        return steps.offloaded() if plan == "offload" else steps
+        return next((found for found in partial if fits_in(found)), None) or estimate(plans[fits])
 
     def _step(self, num_tokens: int, length: int, supervised: int, plan: Plan) -> _Steps:
         """Simulate a batch; many equal documents are extrapolated from fewer."""
@@ -223,7 +224,10 @@ class MemoryModel:
         return self._steps[key]
 
     def _simulate_layers(self, num_tokens: int, length: int, supervised: int, plan: Plan) -> _Steps:
-        """Simulate one layer of each kind, and one more of each kind that there are more of."""
+        """Simulate one layer of each kind, and one more of each kind that there are more of.
+
+        Of an offloading plan two: what the last layer saved has not left the device yet.
+        """
         documents = [length] * (num_tokens // length) + ([num_tokens % length] if num_tokens % length else [])
 
         def run(indices: list[int]) -> StepMemory:
@@ -232,32 +236,29 @@ class MemoryModel:
                     self.model, documents, supervised, plan=plan, device=self.device, dtype=self.autocast
                 )
 
-        first = [kind[0] for kind in self._kinds]
-        one = run(first)
-        more = 0
+        least = 2 if plan in OFFLOADING else 1
+        first = sorted(index for kind in self._kinds for index in kind[:least])
+        few = run(first)
+        kept = host = 0
         for kind in self._kinds:
-            if len(kind) > 1:
-                more += (len(kind) - 1) * (run([*first, kind[1]]).kept - one.kept)
+            if others := len(kind) - least:
+                more = run(sorted([*first, kind[least]])) if others > 0 else few
+                kept += others * (more.kept - few.kept)
+                host += others * (more.host - few.host)
         num_layers = sum(map(len, self._kinds))
-        per_layer = more // max(1, num_layers - len(first))
-        return _Steps(one, StepMemory(*(nbytes + more for nbytes in one)), per_layer, num_layers)
+        others = max(1, num_layers - len(first))
+        return _Steps(few, few.with_layers(kept, host), kept // others, host // others, num_layers)
 
 
 @dataclass(frozen=True, slots=True)
 class _Steps:
-    """A step with one layer of each kind, and with all of them."""
+    """A step with few layers of each kind, and with all of them."""
 
-    one_layer: StepMemory
+    few_layers: StepMemory
     all_layers: StepMemory
     per_layer: int
+    host_per_layer: int
     num_layers: int
-    moved: int = 0  # bytes of a layer that wait on the host
-    host: int = 0
-
-    def offloaded(self) -> _Steps:
-        """Each layer's input waits on the host; the one in use and the one on its way are on the device."""
-        host = self.per_layer * max(0, self.num_layers - 2)
-        return replace(self, all_layers=_less(self.all_layers, host), per_layer=0, moved=self.per_layer, host=host)
 
     def mix(self, rich: _Steps, num_lean: int) -> _Steps:
         """Return the step whose first layers are as here, and the others as in the next richer plan.
@@ -265,26 +266,25 @@ class _Steps:
         The backward pass has two moments that can be the largest: at the last layer, with everything kept, and at the
         last of the first layers, when what the others kept is released.
         """
-        on_device = min(2, num_lean) * self.moved
-        whole = _less(rich.all_layers, num_lean * (rich.per_layer - self.per_layer) - on_device)
+        own, others = (each.all_layers.kept - self.num_layers * each.per_layer for each in (self, rich))
+        whole = rich.all_layers.with_layers(
+            max(0, own - others) - num_lean * (rich.per_layer - self.per_layer),
+            num_lean * (self.host_per_layer - rich.host_per_layer),
+        )
         later = self.all_layers.backward - (self.num_layers - num_lean) * self.per_layer
-        whole = whole._replace(backward=max(whole.backward, later))
-        return replace(self, all_layers=whole, host=self.moved * max(0, num_lean - 2))
+        return replace(self, all_layers=whole._replace(backward=max(whole.backward, later)))
 
     def combine(self, other: _Steps, function: Callable[[int, int], int]) -> _Steps:
         def each(one: StepMemory, two: StepMemory) -> StepMemory:
             return StepMemory(*map(function, one, two))
 
         return _Steps(
-            each(self.one_layer, other.one_layer),
+            each(self.few_layers, other.few_layers),
             each(self.all_layers, other.all_layers),
             function(self.per_layer, other.per_layer),
+            function(self.host_per_layer, other.host_per_layer),
             self.num_layers,
         )
-
-
-def _less(step: StepMemory, nbytes: int) -> StepMemory:
-    return StepMemory(*(each - nbytes for each in step))
 
 
 def _divide(nbytes: int, ranks: int) -> int:

@@ -13,10 +13,12 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from peft import PeftModel
 from torch.optim import Optimizer
 
+from lightning_qlora.accounting import step_flops
 from lightning_qlora.kernels.checkpointing import MixedPlan, Plan
 from lightning_qlora.memory.estimate import MemoryEstimate, MemoryModel
+from lightning_qlora.memory.link import link_keeps_up
 from lightning_qlora.memory.optimizer import OptimizerMemory, optimizer_memory
-from lightning_qlora.memory.simulation import PLANS, SimulationError
+from lightning_qlora.memory.simulation import SimulationError
 from lightning_qlora.memory.skeleton import skeleton_of
 
 __all__ = ["PlanChoice", "autocast_dtype", "choose_plan", "free_memory", "memory_of_run", "most_tokens"]
@@ -24,7 +26,10 @@ __all__ = ["PlanChoice", "autocast_dtype", "choose_plan", "free_memory", "memory
 _GIB = 2**30
 _GAPS = 0.05  # of the memory: gaps between tensors, and what the estimate is off by
 _WORKSPACES = 128 * 2**20  # of cuBLAS, which torch's allocator provides
+_HOST_SHARE = 0.5  # of the host's free memory, for what waits there
 _CPU_PLANS: tuple[Plan, ...] = ("none", "selective", "full")  # what is on the host already cannot be moved there
+_GPU_PLANS: tuple[Plan, ...] = (*_CPU_PLANS, "offload")
+_LINKED_PLANS: tuple[Plan, ...] = ("none", "selective_offload", "full", "offload")
 
 
 class PlanChoice(NamedTuple):
@@ -60,13 +65,14 @@ def choose_plan(trainer: L.Trainer, model: PeftModel, optimizers: Sequence[Optim
         free = free_memory(device)
         if trainer.world_size > 1:
             free = _smallest(trainer, free)
-        held = memory.weights + memory.adapters  # on the device already, so not among what is free
         if device.type == "cuda":
             budget = int((1 - _GAPS) * (free + torch.cuda.memory_reserved(device))) - _WORKSPACES
+            host = int(_HOST_SHARE * free_memory(torch.device("cpu"))) // trainer.num_devices
+            plans = _LINKED_PLANS if _link_keeps_up(trainer, memory, num_tokens) else _GPU_PLANS
         else:
-            budget = int((1 - _GAPS) * free) + held
-        plans = PLANS if device.type == "cuda" else _CPU_PLANS
-        found = memory.fitting_plan(num_tokens, budget, plans=plans, mixed=True)
+            held = memory.weights + memory.adapters  # on the device already, so not among what is free
+            budget, host, plans = int((1 - _GAPS) * free) + held, 0, _CPU_PLANS
+        found = memory.fitting_plan(num_tokens, budget, plans=plans, mixed=True, host_budget=host)
         best = found or memory.estimate(num_tokens, plan=plans[-1])
     except SimulationError as error:
         return PlanChoice("full", f"the memory of a step could not be estimated: {error}")
@@ -74,6 +80,14 @@ def choose_plan(trainer: L.Trainer, model: PeftModel, optimizers: Sequence[Optim
     if found is None:
         verdict += ", which is more than there is: lower data.tokens_per_batch or data.max_length if memory runs out"
     return PlanChoice(best.plan, verdict, best)
+
+
+def _link_keeps_up(trainer: L.Trainer, memory: MemoryModel, num_tokens: int) -> bool:
+    """Whether, on all ranks, activations can be copied to the host while layers compute."""
+    flops = num_tokens * step_flops(memory.model).per_token / 2
+    moved = memory.estimate(num_tokens, plan="selective_offload").host
+    keeps_up = link_keeps_up(trainer.strategy.root_device, moved, flops)
+    return trainer.strategy.reduce_boolean_decision(keeps_up, all=True)
 
 
 def memory_of_run(trainer: L.Trainer, model: PeftModel, optimizers: Sequence[Optimizer]) -> MemoryModel:

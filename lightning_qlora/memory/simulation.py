@@ -46,12 +46,19 @@ class StepMemory(NamedTuple):
         head: The most while the head and the loss are computed.
         kept: Held between forward and backward.
         backward: The most during the backward pass.
+        host: In host memory between forward and backward.
     """
 
     forward: int
     head: int
     kept: int
     backward: int
+    host: int
+
+    def with_layers(self, kept: int, host: int) -> StepMemory:
+        """Return the step of more layers, or of fewer, that keep so much more on the device and on the host."""
+        forward, head, before, backward, on_host = self
+        return StepMemory(forward + kept, head + kept, before + kept, backward + kept, on_host + host)
 
 
 def simulate_step(
@@ -77,7 +84,7 @@ def simulate_step(
         SimulationError: If the model's code needs numbers to decide what it does.
     """
     base: Any = base_model(model)
-    set_activation_checkpointing(base, plan)
+    offload = set_activation_checkpointing(base, plan)
     base.disable_input_require_grads()  # enabling twice would leave a hook behind
     if plan != "none":  # the few layers of a simulation stand for all, whose inputs require gradients
         base.enable_input_require_grads()
@@ -90,7 +97,7 @@ def simulate_step(
             _DeviceMode(device, dtype),
             MemoryTracker(held_tensors(model)) as tracker,
         ):
-            return _run(base, tuple(document_lengths), num_supervised, tracker)
+            moments = _run(base, tuple(document_lengths), num_supervised, tracker)
     except (NotImplementedError, RuntimeError, torch._subclasses.fake_tensor.DataDependentOutputException) as error:
         raise SimulationError(
             f"A step of {type(base).__name__} cannot be simulated without its weights: {first_line(error)}"
@@ -98,9 +105,10 @@ def simulate_step(
     finally:
         for parameter in model.parameters():
             parameter.grad = None
+    return StepMemory(*moments, host=0 if offload is None else offload.moved_bytes)
 
 
-def _run(base: Any, lengths: tuple[int, ...], num_supervised: int, tracker: MemoryTracker) -> StepMemory:
+def _run(base: Any, lengths: tuple[int, ...], num_supervised: int, tracker: MemoryTracker) -> tuple[int, int, int, int]:
     ids_BL = torch.empty((1, sum(lengths)), dtype=torch.int64)
     targets_N = torch.empty(num_supervised, dtype=torch.int64)
     inputs = {"input_ids": ids_BL, "position_ids": torch.empty_like(ids_BL), "use_cache": False}
@@ -119,7 +127,7 @@ def _run(base: Any, lengths: tuple[int, ...], num_supervised: int, tracker: Memo
     _engine_run_backward(
         (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
     )
-    return StepMemory(forward, head_peak, kept, tracker.take_peak())
+    return forward, head_peak, kept, tracker.take_peak()
 
 
 def _logits_are_plain(config: Any) -> bool:

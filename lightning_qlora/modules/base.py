@@ -84,10 +84,10 @@ class CausalLMModule(L.LightningModule):
         lr: Learning rate. When given it replaces the optimizer's own; the learning rate finder sets it.
         lr_scheduler: Builds the schedule, stepped once per optimizer step, from (optimizer, total steps); null for a
             constant rate.
-        activation_checkpointing: What a layer keeps for the backward pass: everything (none), the products with 4-bit
-            weights and attention, the rest being recomputed (selective), its input (full), which takes far less memory
-            and about a third more time, or that in host memory (offload). auto takes, when fit starts, the fastest that
-            fits the memory then free, layer by layer. The gradients are the same.
+        activation_checkpointing: What a layer keeps for the backward pass: everything (none), all but what its MLP
+            computes, which is computed again (selective), that in host memory (selective_offload), its input (full),
+            which takes far less memory and about a third more time, or that in host memory (offload). auto takes, when
+            fit starts, the fastest that fits the memory then free, layer by layer. The gradients are the same.
         fused_lora: Add plain LoRA inside the products of 4-bit layers, in place of PEFT's own code, with equal results
             up to rounding; auto does so on GPUs. Other adapters, and dropout, run PEFT's code in any case.
         fused_elementwise: Run norms, rotary embeddings and gated activations by one kernel each on GPUs that have
@@ -96,7 +96,7 @@ class CausalLMModule(L.LightningModule):
             is refused, and needs false here.
         compile_layers: Compile whole decoder layers with torch.compile, for faster steps after a first one that takes
             up to a minute, less where the cache has the kernels; other lengths cost nothing more. Only norms and MLPs
-            where a family has its own attention or a router; not in layers whose plan is selective.
+            where a family has its own attention or a router; not in layers that follow a selective plan.
         untrained_tokens: What to do when the chat template writes control tokens that the base was never trained on:
             refuse, train their embedding rows (auto), or go on regardless (ignore).
         dtype: Of everything that is not quantised: float32, bfloat16 or float16; null chooses by hardware.
@@ -122,7 +122,7 @@ class CausalLMModule(L.LightningModule):
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=2e-4, weight_decay=0.0, fused=True),
         lr: float | None = None,
         lr_scheduler: Callable[[Optimizer, int], LRScheduler] | None = WarmupCosine,
-        activation_checkpointing: Literal["none", "selective", "full", "offload", "auto"] = "full",
+        activation_checkpointing: Literal["none", "selective", "selective_offload", "full", "offload", "auto"] = "full",
         fused_lora: bool | Literal["auto"] = "auto",
         fused_elementwise: bool = True,
         compile_layers: bool = False,

@@ -7,9 +7,10 @@ import torch
 from peft import LoraConfig
 from tiny_models import random_batch, save_tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from lightning_qlora.kernels.attention import packed_attention_arguments, use_document_attention
-from lightning_qlora.kernels.checkpointing import HostOffload, MixedPlan, plan_of_layers
+from lightning_qlora.kernels.checkpointing import MixedPlan, plan_of_layers, set_checkpointing
 from lightning_qlora.model import (
     attach_adapters,
     checkpointed_layers,
@@ -18,7 +19,10 @@ from lightning_qlora.model import (
 )
 
 LAYERS = 4
-PLANS = ["none", "selective", "full", "offload", MixedPlan("full", 2, "selective"), MixedPlan("offload", 1, "none")]
+PLANS = [
+    *("none", "selective", "selective_offload", "full", "offload"),
+    *(MixedPlan("full", 2, "selective"), MixedPlan("offload", 1, "none"), MixedPlan("selective_offload", 3, "none")),
+]
 
 
 @pytest.fixture(params=["llama", "gemma3_text"])
@@ -75,9 +79,9 @@ def test_every_plan_computes_the_same_gradients_bit_by_bit_with_dropout_too(mode
     assert all(same(found[0], other) for other in found[1:])
 
 
-def test_selective_repeats_no_product_with_quantised_weights(model):
+def test_selective_repeats_the_products_of_the_mlp_alone(model):
     counts = {}
-    for plan in ("none", "selective", "full"):
+    for plan in ("none", "selective", "selective_offload", "full"):
         set_activation_checkpointing(model.get_base_model(), plan)
         with Products() as products:
             loss = loss_of(model)
@@ -86,104 +90,37 @@ def test_selective_repeats_no_product_with_quantised_weights(model):
         counts[plan] = (forward, products.count - forward)
         model.zero_grad()
     linears = 7 * LAYERS
-    assert counts["none"] == counts["selective"] == (linears, 0)
+    assert counts["none"] == (linears, 0)
+    assert counts["selective"] == counts["selective_offload"] == (linears, 3 * LAYERS)
     assert counts["full"] == (linears, linears)
+
+
+def test_a_layer_whose_mlp_is_not_known_is_recomputed_whole(model):
+    layers = checkpointed_layers(model.get_base_model())
+    for layer in layers:
+        layer.add_module("another_name", layer.mlp)
+        del layer._modules["mlp"]
+    assert set_checkpointing(layers, "selective").moved_bytes == 0
+    assert all(layer._gradient_checkpointing_func.args[0].func is checkpoint for layer in layers)
+
+
+def test_the_mlp_is_itself_again_after_a_step_and_after_an_error(model):
+    set_activation_checkpointing(model.get_base_model(), "selective")
+    parts = [layer.mlp for layer in checkpointed_layers(model.get_base_model())]
+    before = [vars(part).get("forward") for part in parts]
+    loss_of(model).backward()
+    assert [vars(part).get("forward") for part in parts] == before
+    handle = parts[1].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        loss_of(model)
+    handle.remove()
+    assert [vars(part).get("forward") for part in parts] == before
 
 
 def test_mixed_plans_name_each_layer():
     assert plan_of_layers(MixedPlan("full", 1, "none"), 3) == ["full", "none", "none"]
     assert plan_of_layers("offload", 2) == ["offload"] * 2
     assert str(MixedPlan("full", 1, "none")) == "full in the first 1 layers, none in the others"
-
-
-# Offload: its bookkeeping on the CPU, where the inputs are copied all the same
-
-
-class Watched(HostOffload):
-    """Moves everything and notes how many inputs are on the device."""
-
-    def __init__(self):
-        super().__init__(everywhere=True)
-        self.moved = []
-        self.most = 0
-
-    def _pack(self, tensor):
-        packed = super()._pack(tensor)
-        if packed is not tensor:
-            self.moved.append(packed)
-        self.most = max(self.most, self.on_device())
-        return packed
-
-    def _unpack(self, packed):
-        tensor = super()._unpack(packed)
-        self.most = max(self.most, self.on_device() + 1)
-        return tensor
-
-    def on_device(self):
-        return sum(each.on_device is not None for each in self.moved)
-
-
-def expected_gradients(model, seed=0):
-    set_activation_checkpointing(model.get_base_model(), "none")
-    model.eval()  # no dropout
-    loss_of(model, seed).backward()
-    return gradients(model)
-
-
-def put_offload(model, offload):
-    set_activation_checkpointing(model.get_base_model(), "full")
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    model.train()
-    for layer in checkpointed_layers(model.get_base_model()):
-        layer._gradient_checkpointing_func = offload
-
-
-def test_at_most_two_inputs_stay_on_the_device(model):
-    expected, offload = expected_gradients(model), Watched()
-    put_offload(model, offload)
-    loss = loss_of(model)
-    assert len(offload.moved) == LAYERS
-    assert [each.on_device is not None for each in offload.moved] == [False, False, True, True]
-    loss.backward()
-    assert same(expected, gradients(model))
-    assert offload.most <= 3  # two that have not left, or one in use and one on its way, besides what is being packed
-    assert offload.on_device() == 0
-
-
-def test_forward_passes_without_backward_and_several_before_one_backward(model):
-    one, two = expected_gradients(model, 1), expected_gradients(model, 2)
-    offload = Watched()
-    put_offload(model, offload)
-    loss_of(model, 5)  # nobody asks for its gradients
-    with torch.no_grad():
-        loss_of(model, 6)
-    first, second = loss_of(model, 1), loss_of(model, 2)
-    first.backward()
-    assert same(one, gradients(model))
-    second.backward()
-    assert same(two, gradients(model))
-
-
-def test_inputs_are_fetched_one_layer_ahead(model):
-    offload = Watched()
-    put_offload(model, offload)
-    loss = loss_of(model)
-    seen = []
-    unpack = offload._unpack
-
-    def watch(packed):
-        tensor = unpack(packed)
-        if tensor is not packed:
-            seen.append([each.on_device is not None for each in offload.moved])
-        return tensor
-
-    offload._unpack = watch
-    loss_of(model).backward()  # hooks are taken when layers run
-    moved = [states[-LAYERS:] for states in seen]
-    assert moved == [[i == LAYERS - 2 - step for i in range(LAYERS)] for step in range(LAYERS)]
-    del loss
 
 
 @pytest.mark.gpu
@@ -197,7 +134,7 @@ def test_offload_on_the_gpu_computes_what_full_does_in_less_memory(tmp_path):
     use_document_attention(model.get_base_model())
     found, peaks = [], []
     ids = torch.randint(3, 500, (1, 16000), device="cuda")
-    for plan in ("full", "offload"):
+    for plan in ("full", "offload", "selective", "selective_offload"):
         set_activation_checkpointing(model.get_base_model(), plan)
         for _ in range(3):
             torch.cuda.reset_peak_memory_stats()
@@ -209,4 +146,7 @@ def test_offload_on_the_gpu_computes_what_full_does_in_less_memory(tmp_path):
     for name, expected in found[0].items():
         for other in found[1:]:
             torch.testing.assert_close(other[name], expected, rtol=2e-2, atol=1e-2 * expected.abs().max().item())
-    assert peaks[1] < peaks[0] - 6 * ids.numel() * 512 * 2
+    inputs = ids.numel() * 512 * 2
+    assert peaks[1] < peaks[0] - 6 * inputs
+    assert peaks[3] < peaks[2] - 6 * 3 * inputs
+    assert peaks[3] < peaks[0]

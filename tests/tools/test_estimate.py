@@ -14,7 +14,7 @@ from lightning_qlora.accounting import count_storage, step_flops
 from lightning_qlora.cli import main
 from lightning_qlora.kernels.elementwise import fuse_elementwise
 from lightning_qlora.kernels.lora import fuse_lora
-from lightning_qlora.memory import MemoryModel, OptimizerMemory, build_skeleton
+from lightning_qlora.memory import PLANS, MemoryModel, OptimizerMemory, build_skeleton
 from lightning_qlora.model import attach_adapters, load_base_model
 from lightning_qlora.tools.estimation.report import duration, size
 from lightning_qlora.tools.estimation.search import largest_that_fits
@@ -69,7 +69,7 @@ def test_everything_follows_from_the_configuration(call, config_only, tmp_path):
     found = json.loads(output)
     assert (found["num_tokens"], found["document_length"], found["micro_batches"]) == (512, 128, 4)
     assert (found["sharding"], found["world_size"], found["optimizer"], found["num_steps"]) == ("ddp", 2, "SGD", 100)
-    assert [plan["plan"] for plan in found["memory"]] == ["none", "selective", "full", "offload"]
+    assert [plan["plan"] for plan in found["memory"]] == list(PLANS)
     assert {plan["optimizer"] for plan in found["memory"]} == {0}
     assert [budget["gib"] for budget in found["budgets"]] == [8, 24]
     assert found["budgets"][0]["plan"] == "none"
@@ -165,7 +165,7 @@ def test_measured_paces_are_the_arithmetic_of_their_work():
     for measured in MEASURED:
         on_gpu = measured.peak_tflops is not None
         flops, tokens, document, supervised = (llama, 8192, 2048, 4915) if on_gpu else (smollm, 188, 94, 57)
-        work = needed_flops(flops, tokens, document, supervised, repeats=measured.plan == "full")
+        work = needed_flops(flops, tokens, document, supervised, plan=measured.plan)
         assert work / tokens * measured.tokens_per_second / 1e12 == pytest.approx(measured.tflops, rel=0.01)
 
     work = {"num_tokens": 8192, "document_length": 2048, "num_supervised": 4915, "micro_batches": 2, "num_steps": 10}

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from lightning_qlora.accounting import StepFlops
+from lightning_qlora.kernels.checkpointing import SELECTIVE
 from lightning_qlora.memory import Device, Plan
 
 __all__ = ["GPUS", "MEASURED", "Measurement", "Speed", "estimate_speed", "needed_flops"]
@@ -92,7 +93,7 @@ def estimate_speed(
 
     Args:
         flops: Of the model.
-        plan: What is kept for the backward pass; ``selective`` repeats little and is taken for ``none``.
+        plan: What is kept for the backward pass.
         num_tokens: Of one micro-batch.
         document_length: Of its documents.
         num_supervised: Tokens that enter the loss.
@@ -100,13 +101,12 @@ def estimate_speed(
         num_steps: Of the run, if it is known.
         device: Which kind of device.
     """
-    repeats = plan in ("full", "offload")
     measured = [m for m in MEASURED if (m.peak_tflops is None) == (device == "cpu")]
-    basis = next((m for m in measured if (m.plan == "full") == repeats), measured[0])
+    basis = next((m for m in measured if (m.plan == "none") == (plan == "none")), measured[0])
     rates = {basis.device: basis.tflops}
     if basis.peak_tflops is not None:
         rates = {name: basis.tflops / basis.peak_tflops * peak for name, peak in GPUS.items()}
-    work = needed_flops(flops, num_tokens, document_length, num_supervised, repeats=repeats)
+    work = needed_flops(flops, num_tokens, document_length, num_supervised, plan=plan)
     speeds = []
     for name, tflops in rates.items():
         seconds = work / (tflops * _TERA)
@@ -115,13 +115,18 @@ def estimate_speed(
     return speeds
 
 
-def needed_flops(
-    flops: StepFlops, num_tokens: int, document_length: int, num_supervised: int, *, repeats: bool
-) -> float:
-    """Count the arithmetic of a micro-batch; where layers are recomputed, their forward pass twice."""
+def needed_flops(flops: StepFlops, num_tokens: int, document_length: int, num_supervised: int, *, plan: Plan) -> float:
+    """Count the arithmetic of a micro-batch; where layers are recomputed, their forward pass twice.
+
+    Of a layer whose MLP is recomputed half the products are counted twice, which is what most families' shapes come to.
+    """
     full, rest = divmod(num_tokens, document_length)
     lengths = [document_length] * full + ([rest] if rest else [])
     work = float(flops(lengths, num_supervised))
-    if repeats:  # a third of the products with attention, half of those with frozen weights, are the forward pass
+    if plan in SELECTIVE:
+        work += num_tokens * flops.per_token / 4
+    elif (
+        plan != "none"
+    ):  # a third of the products of attention, half of those with frozen weights, are the forward pass
         work += num_tokens * flops.per_token / 2 + sum(n * n for n in lengths) * flops.per_squared_length / 3
     return work
