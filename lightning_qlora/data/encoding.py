@@ -16,10 +16,11 @@ import transformers
 from lightning_qlora.data.chat_template import ChatTemplate
 from lightning_qlora.data.documents import Document
 from lightning_qlora.data.formats import ParsedRow, Task
+from lightning_qlora.data.lines import JsonLine, ReadRow
 from lightning_qlora.data.prepared import DocumentBatch
 from lightning_qlora.data.report import SourceReport
 from lightning_qlora.data.truncation import Fitted, OverlongPolicy, fit_rows
-from lightning_qlora.schema import Origin
+from lightning_qlora.schema import Origin, RowRefused
 
 __all__ = ["EncodedChunk", "RowEncoder", "StoredChunk", "digest"]
 
@@ -75,10 +76,19 @@ class RowEncoder:
                 origins.append(encoded.origin)
         return EncodedChunk(part, documents, origins, report)
 
-    def store(self, part: int, rows: Sequence[ParsedRow]) -> StoredChunk:
-        """Encode rows, and lay them out as they are stored."""
-        chunk = self(part, rows)
-        return StoredChunk(part, DocumentBatch.of(chunk.documents, chunk.origins, part), chunk.report)
+    def store(self, part: int, rows: Sequence[ReadRow]) -> StoredChunk:
+        """Parse what was not parsed yet, encode what can be used, and lay it out as it is stored."""
+        report = SourceReport("")
+        usable: list[ParsedRow] = []
+        for read in rows:
+            row = read.parse() if isinstance(read, JsonLine) else read
+            if isinstance(row, RowRefused):
+                report.refuse(row)
+            else:
+                usable.append(row)
+        chunk = self(part, usable)
+        report.merge(chunk.report)
+        return StoredChunk(part, DocumentBatch.of(chunk.documents, chunk.origins, part), report)
 
     def identity(self) -> dict[str, str]:
         """Return a hash of each thing that the tokens of a row depend on, by name."""

@@ -23,12 +23,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from lightning_qlora.data.encoding import RowEncoder, StoredChunk, digest
-from lightning_qlora.data.formats import ParsedRow
+from lightning_qlora.data.lines import JsonLine, ReadRow
 from lightning_qlora.data.prepared import DOCUMENTS_FILE, DocumentWriter, PreparedDocuments
 from lightning_qlora.data.report import PreparationReport, SourceReport
-from lightning_qlora.data.sources import DataSource, Sources, as_sources, read_rows, source_fingerprint
+from lightning_qlora.data.sources import DataSource, Sources, as_sources, read_lines, source_fingerprint
 from lightning_qlora.data.workers import encode_in_workers
-from lightning_qlora.schema import Completion, RowRefused
+from lightning_qlora.schema import Completion
 
 __all__ = ["CHUNK_ROWS", "Prepared", "prepare"]
 
@@ -203,15 +203,11 @@ def _write_documents(
     writer = DocumentWriter(path)
     with tqdm(desc=f"Preparing {name}", unit=" rows", disable=None) as progress:
 
-        def chunks() -> Iterator[tuple[int, list[ParsedRow]]]:
+        def chunks() -> Iterator[tuple[int, list[ReadRow]]]:
             for part, source in enumerate(parts):
-                rows: list[ParsedRow] = []
+                rows: list[ReadRow] = []
                 characters = 0
-                for row in read_rows(source, encoder.task):
-                    if isinstance(row, RowRefused):
-                        report.sources[part].refuse(row)
-                        progress.update()
-                        continue
+                for row in read_lines(source, encoder.task):
                     rows.append(row)
                     characters += _count_characters(row)
                     if len(rows) == CHUNK_ROWS or characters >= CHUNK_CHARACTERS:
@@ -231,8 +227,10 @@ def _write_documents(
     return writer.sources
 
 
-def _count_characters(row: ParsedRow) -> int:
-    """Count the characters of a row's texts, without what calls and tools hold."""
+def _count_characters(row: ReadRow) -> int:
+    """Count the characters of a row's texts, without what calls and tools hold; of a line all its bytes."""
+    if isinstance(row, JsonLine):
+        return len(row.content)
     if isinstance(row, Completion):
         return len(row.prompt) + len(row.completion)
     count = 0
@@ -258,11 +256,11 @@ def _older_objects_frozen() -> Iterator[None]:
 
 
 def _encode_in_order(
-    chunks: Iterable[tuple[int, list[ParsedRow]]], encoder: RowEncoder, num_proc: int
+    chunks: Iterable[tuple[int, list[ReadRow]]], encoder: RowEncoder, num_proc: int
 ) -> Generator[StoredChunk, None, None]:
     """Encode the chunks, here or in worker processes, and yield them in their order."""
     chunks = iter(chunks)
-    ahead: list[tuple[int, list[ParsedRow]]] = []
+    ahead: list[tuple[int, list[ReadRow]]] = []
     if num_proc > 1 and _is_much(chunks, ahead):
         yield from encode_in_workers(itertools.chain(ahead, chunks), encoder, num_proc)
     else:
@@ -270,7 +268,7 @@ def _encode_in_order(
             yield encoder.store(part, rows)
 
 
-def _is_much(chunks: Iterator[tuple[int, list[ParsedRow]]], ahead: list[tuple[int, list[ParsedRow]]]) -> bool:
+def _is_much(chunks: Iterator[tuple[int, list[ReadRow]]], ahead: list[tuple[int, list[ReadRow]]]) -> bool:
     """Return whether the chunks hold more than is encoded here in the time that workers take to start.
 
     Args:

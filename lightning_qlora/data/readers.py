@@ -2,7 +2,8 @@
 
 Every reader yields exactly one entry for each row of its file, in order: ``(origin, row)``, ``(origin,
 RowRefused)``, or ``None`` for a row that the selection does not want, so that positions always count all rows.
-JSON lines are streamed in constant memory; a JSON document is read whole.
+JSON lines are streamed in constant memory, and left for :func:`~lightning_qlora.data.lines.decode_line` to decode:
+``(origin, bytes)``. A JSON document is read whole.
 
 What makes a file unreadable from some point on (a truncated archive, a list of rows that breaks off) is a
 ValueError: rows that nobody can see cannot be accounted for.
@@ -22,13 +23,13 @@ from typing import IO, Any, Final, NamedTuple, TypeAlias, cast
 
 from typing_extensions import override
 
-from lightning_qlora.data.json_values import STRICT_DECODER, BadRowError, decode_json
+from lightning_qlora.data.json_values import STRICT_DECODER, BadRowError
 from lightning_qlora.schema import Origin, RowRefused
 
 __all__ = ["BOM", "LIST_KEYS", "Entry", "Selection", "open_bytes", "read_json", "read_json_lines"]
 
 Entry: TypeAlias = tuple[Origin, Any] | None
-"""A row as it was read, or the verdict on it, with its place; ``None`` for a row that is not wanted."""
+"""A row as it was read, the verdict on it, or its line, with its place; ``None`` for a row that is not wanted."""
 
 BOM: Final = b"\xef\xbb\xbf"
 LIST_KEYS: Final = ("data", "rows", "examples", "records")
@@ -127,7 +128,7 @@ class _Frames(io.RawIOBase):
 
 
 def read_json_lines(path: Path, name: str, selection: Selection, first: int = 0) -> Iterator[Entry]:
-    """One JSON value a line; blank lines are no rows. UTF-8, with or without a byte order mark.
+    """One JSON value a line, not decoded; blank lines are no rows. UTF-8, with or without a byte order mark.
 
     Args:
         path: The file.
@@ -141,19 +142,8 @@ def read_json_lines(path: Path, name: str, selection: Selection, first: int = 0)
             content = content.removeprefix(BOM).strip()
             if not content:
                 continue
-            yield _decode_line(content, Origin(name, line)) if selection.wants(position) else None
+            yield (Origin(name, line), content) if selection.wants(position) else None
             position += 1
-
-
-def _decode_line(content: bytes, origin: Origin) -> tuple[Origin, Any]:
-    try:
-        return origin, decode_json(content.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        hint = "; the file looks like UTF-16, save it as UTF-8" if b"\x00" in content else ""
-        detail = f"byte 0x{content[error.start]:02x} at column {error.start + 1} is not UTF-8{hint}"
-        return origin, RowRefused("invalid-utf8", detail, origin)
-    except BadRowError as error:
-        return origin, RowRefused(error.reason, error.detail, origin)
 
 
 def read_json(path: Path, name: str, selection: Selection, first: int = 0) -> Iterator[Entry]:

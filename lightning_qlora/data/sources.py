@@ -19,7 +19,8 @@ from typing import Any, Final, TypeAlias, get_args
 
 import pyarrow.parquet as pq
 
-from lightning_qlora.data.formats import FORMATS, Format, ParsedRow, Task, check_columns, parse_row
+from lightning_qlora.data.formats import FORMATS, Format, ParsedRow, Task, check_columns
+from lightning_qlora.data.lines import JsonLine, ReadRow, RowParser, decode_line
 from lightning_qlora.data.readers import Entry, Selection, open_bytes, read_json, read_json_lines
 from lightning_qlora.data.tables import (
     arrow_batches,
@@ -38,6 +39,7 @@ __all__ = [
     "as_sources",
     "estimated_rows",
     "files_of",
+    "read_lines",
     "read_records",
     "read_rows",
     "source_fingerprint",
@@ -152,15 +154,27 @@ def read_rows(
     Raises:
         ValueError: See :func:`read_records`.
     """
-    source = as_sources(source)[0]
-    for origin, record in read_records(source, skip=skip, shard=shard, num_shards=num_shards):
-        if isinstance(record, RowRefused):
-            yield record
-            continue
-        try:
-            yield parse_row(record, origin, format=source.format, columns=source.columns, task=task)
-        except RowRefused as refused:
-            yield refused
+    for row in _read(as_sources(source)[0], task, Selection(skip, shard, num_shards)):
+        yield row.parse() if isinstance(row, JsonLine) else row
+
+
+def read_lines(source: str | DataSource, task: Task = "sft") -> Iterator[ReadRow]:
+    """Read the rows of one source as :func:`read_rows` does, but leave lines of JSON to be parsed elsewhere.
+
+    Args:
+        source: What to read.
+        task: What the rows are for.
+
+    Raises:
+        ValueError: See :func:`read_records`.
+    """
+    return _read(as_sources(source)[0], task, Selection())
+
+
+def _read(source: DataSource, task: Task, selection: Selection) -> Iterator[ReadRow]:
+    parser = RowParser(source.format, source.columns, task)
+    for origin, record in _wanted(source, selection):
+        yield JsonLine(record, origin, parser) if isinstance(record, bytes) else parser(record, origin)
 
 
 def read_records(
@@ -178,9 +192,14 @@ def read_records(
         ValueError: There is no such file, folder or dataset, no file of a known type, no row at all, or a file is
             damaged as a whole.
     """
-    source = as_sources(source)[0]
+    for origin, record in _wanted(as_sources(source)[0], Selection(skip, shard, num_shards)):
+        yield origin, decode_line(record, origin) if isinstance(record, bytes) else record
+
+
+def _wanted(source: DataSource, selection: Selection) -> Iterator[tuple[Origin, Any]]:
+    """The rows of a source that are wanted, each with its place; lines of JSON are not decoded."""
     position = -1
-    for position, entry in enumerate(_entries(source, Selection(skip, shard, num_shards))):
+    for position, entry in enumerate(_entries(source, selection)):
         if source.max_rows is not None and position >= source.max_rows:
             return
         if entry is not None:

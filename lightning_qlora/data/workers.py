@@ -24,8 +24,8 @@ from queue import SimpleQueue
 from typing import IO, Any, cast
 
 from lightning_qlora.data.encoding import RowEncoder, StoredChunk
-from lightning_qlora.data.formats import ParsedRow
-from lightning_qlora.schema import Completion, Conversation, Message, PreferenceRow, UnpairedRow
+from lightning_qlora.data.lines import JsonLine, ReadRow
+from lightning_qlora.schema import Completion, Conversation, Message, Origin, PreferenceRow, UnpairedRow
 
 __all__ = ["encode_in_workers", "serve"]
 
@@ -39,7 +39,7 @@ serve()
 
 
 def encode_in_workers(
-    chunks: Iterable[tuple[int, list[ParsedRow]]], encoder: RowEncoder, num_proc: int
+    chunks: Iterable[tuple[int, list[ReadRow]]], encoder: RowEncoder, num_proc: int
 ) -> Iterator[StoredChunk]:
     """Encode chunks of rows in processes, and yield them in their order.
 
@@ -170,6 +170,8 @@ def _reducer(row_type: type) -> Any:
 
 for _row_type in (Completion, Conversation, Message, PreferenceRow, UnpairedRow):
     _Pickler.dispatch_table[_row_type] = _reducer(_row_type)
+for _tuple_type in (JsonLine, Origin):
+    _Pickler.dispatch_table[_tuple_type] = lambda values: (type(values), tuple(values))
 
 
 def _pickled(value: Any) -> bytes:

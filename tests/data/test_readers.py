@@ -11,12 +11,20 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightning_qlora.data.lines import decode_line
 from lightning_qlora.data.readers import BOM, Selection, read_json, read_json_lines
 from lightning_qlora.schema import Origin, RowRefused
 
 ALL = Selection()
 GOOD = {"prompt": "Grüße \u2028 \U0001f600", "completion": "x\ny"}
 LINE = json.dumps(GOOD, ensure_ascii=False).encode()
+
+
+def decoded(entries):
+    """The entries of a reader, their lines decoded."""
+    for entry in entries:
+        lazy = entry is not None and isinstance(entry[1], bytes)
+        yield (entry[0], decode_line(entry[1], entry[0])) if lazy else entry
 
 
 def verdict(entry):
@@ -68,7 +76,7 @@ def test_a_bad_line_costs_itself_only(case, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(LINE + b"\n" + bad + b"\n\n" + LINE + b"\r\n")
 
-    entries = list(read_json_lines(path, "rows.jsonl", ALL))
+    entries = list(decoded(read_json_lines(path, "rows.jsonl", ALL)))
 
     assert [verdict(entry) for entry in entries] == [(1, GOOD), (2, expected), (4, GOOD)]
     if isinstance(entries[1][1], RowRefused):
@@ -79,7 +87,7 @@ def test_a_bad_line_costs_itself_only(case, tmp_path):
 def test_blank_lines_byte_order_marks_and_a_missing_last_line_break(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(BOM + LINE + b"\r\n" + b"\n \t\r\n\n" + BOM + LINE)
-    assert [verdict(entry) for entry in read_json_lines(path, "f", ALL)] == [(1, GOOD), (5, GOOD)]
+    assert [verdict(entry) for entry in decoded(read_json_lines(path, "f", ALL))] == [(1, GOOD), (5, GOOD)]
 
 
 @settings(max_examples=150, deadline=None)
@@ -96,7 +104,7 @@ def test_every_line_that_is_not_blank_is_accounted_for(lines, tmp_path_factory):
     path.write_bytes(content)
     filled = [n for n, line in enumerate(content.split(b"\n"), 1) if line.removeprefix(BOM).strip()]
 
-    entries = list(read_json_lines(path, "f", ALL))
+    entries = list(decoded(read_json_lines(path, "f", ALL)))
 
     assert [origin.line for origin, _ in entries] == filled
 
@@ -111,7 +119,7 @@ def test_compressed_lines_and_damaged_archives(suffix, compress, tmp_path):
     content = b"".join(b'{"n": %d}\n' % n for n in range(20_000))
     path = tmp_path / f"rows.jsonl{suffix}"
     path.write_bytes(compress(content))
-    assert [row["n"] for _, row in read_json_lines(path, "f", ALL)] == list(range(20_000))
+    assert [row["n"] for _, row in decoded(read_json_lines(path, "f", ALL))] == list(range(20_000))
 
     for damaged in (compress(content)[:-200], compress(content)[:-1], content):
         path.write_bytes(damaged)
@@ -136,7 +144,7 @@ def test_zst_without_the_package_says_what_to_install(tmp_path, monkeypatch):
 def test_selection_by_position(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"".join(b'{"n": %d}\n\n' % n for n in range(10)))
-    entries = list(read_json_lines(path, "f", Selection(skip=13, shard=1, num_shards=3), first=10))
+    entries = list(decoded(read_json_lines(path, "f", Selection(skip=13, shard=1, num_shards=3), first=10)))
     assert len(entries) == 10
     assert [entry[1]["n"] for entry in entries if entry] == [3, 6, 9]
     assert entries[3][0] == Origin("f", 7)
@@ -176,13 +184,13 @@ def test_documents(case, tmp_path):
     text, expected = DOCUMENTS[case]
     path = tmp_path / "rows.json"
     path.write_text(text, encoding="utf-8")
-    assert [verdict(entry) for entry in read_json(path, "f", ALL)] == expected
+    assert [verdict(entry) for entry in decoded(read_json(path, "f", ALL))] == expected
 
 
 def test_bytes_that_are_not_utf8_cost_the_row_that_holds_them(tmp_path):
     path = tmp_path / "rows.json"
     path.write_bytes(b'[{"n": 1},\n{"n": "\xff"},\n{"n": 3}]')
-    assert [verdict(entry) for entry in read_json(path, "f", ALL)] == [
+    assert [verdict(entry) for entry in decoded(read_json(path, "f", ALL))] == [
         (1, {"n": 1}),
         (2, "invalid-utf8"),
         (3, {"n": 3}),
@@ -202,7 +210,7 @@ def test_a_document_that_breaks_off_is_no_data(text, tmp_path):
 
 def rows_or_error(path):
     try:
-        return [row for _, row in read_json(path, "f", ALL)]
+        return [row for _, row in decoded(read_json(path, "f", ALL))]
     except ValueError as error:
         return error
 
