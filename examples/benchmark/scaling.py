@@ -1,6 +1,6 @@
 """How training scales over the GPUs of a machine: tokens/s, memory of each GPU, efficiency, and resuming on fewer.
 
-    python examples/benchmark/scaling.py                         # all GPUs of this machine: 1, 2, 4, 8, ...
+    python examples/benchmark/scaling.py                         # 1, 2, 4, 8, ... and all GPUs of this machine
     python examples/benchmark/scaling.py --devices 2 4 --only fsdp --out scaling.jsonl
     python examples/benchmark/scaling.py --shape tiny --accelerator cpu --devices 1 2     # two gloo processes
 
@@ -11,6 +11,7 @@ device from the shape's configuration, so that nothing is downloaded; speed and 
 
 Each case runs in processes of its own. At last the largest FSDP case publishes a checkpoint that half as many devices
 go on from. One JSON line a case, then a table; efficiency is tokens/s for each device against the fewest devices.
+Where a case fails, its line says why; the others are measured all the same, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -155,7 +157,6 @@ def run(case: Case) -> dict[str, Any]:
     # PerformanceMonitor takes its rank for all; unevenly packed ranks are added up here.
     rates = gather_objects(metrics["tokens_per_second"] / trainer.world_size)
     return {
-        **asdict(case),
         "tokens_per_second": round(sum(rates), 1),
         "step_seconds": round(metrics["step_seconds"], 4),
         "peak_memory_gib": [round(peak, 3) for peak in peaks],
@@ -168,17 +169,39 @@ def run(case: Case) -> dict[str, Any]:
     }
 
 
+def name(case: Mapping[str, Any]) -> str:
+    """Say what is run, as the table does."""
+    suffix = "" if not case["saves"] else " (resumed)" if case["resume"] else " (saved)"
+    return f"{case['strategy']} {case['shape']} {case['rows']}{suffix}"
+
+
 def launch(case: Case) -> dict[str, Any]:
     """Run one case in processes of its own; what goes wrong there is part of the record."""
+    record = asdict(case)
+    record["saves"] = record.pop("folder") is not None
+    print(f"{name(record)} on {case.devices} ...", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder, "result.json")
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case.devices}"]
         command += [__file__, "--case", json.dumps(asdict(case)), "--result", str(result)]
         done = subprocess.run(command, capture_output=True, text=True, env={"OMP_NUM_THREADS": "1", **os.environ})
         if done.returncode == 0:
-            return dict(json.loads(result.read_text()))
-        last = [line for line in done.stderr.splitlines() if "Error" in line][:3]
-        return {**asdict(case), "error": " | ".join(last) or done.stderr[-500:]}
+            return {**record, **json.loads(result.read_text())}
+        errors = sorted(Path(folder).glob("*.error"), key=lambda path: path.stat().st_mtime_ns)
+        # Killed from outside, a process has written nothing; torchrun says by which signal.
+        return {**record, "error": errors[0].read_text() if errors else done.stderr[-500:]}
+
+
+def run_rank(case: Case, result: Path) -> None:
+    """Be one of the processes that :func:`launch` has started."""
+    rank = os.environ["RANK"]
+    try:
+        figures = run(case)
+    except Exception as error:
+        result.with_name(f"{rank}.error").write_text(f"{type(error).__name__}: {error}")
+        raise
+    if rank == "0":
+        result.write_text(json.dumps(figures))
 
 
 def plan(options: argparse.Namespace) -> list[Case]:
@@ -210,7 +233,7 @@ def resuming(options: argparse.Namespace, folder: str) -> list[Case]:
 def add_efficiency(records: list[dict[str, Any]]) -> None:
     """Compare tokens/s for each device with the same case on the fewest."""
     base: dict[tuple[str, ...], float] = {}
-    for record in sorted((r for r in records if "error" not in r and not r["folder"]), key=lambda r: r["devices"]):
+    for record in sorted((r for r in records if "error" not in r and not r["saves"]), key=lambda r: r["devices"]):
         each = record["tokens_per_second"] / record["devices"]
         key = record["strategy"], record["shape"], record["rows"]
         record["efficiency"] = round(each / base.setdefault(key, each), 3)
@@ -220,48 +243,68 @@ def table(records: list[dict[str, Any]]) -> str:
     """Draw the records as a Markdown table."""
     lines = ["| case | devices | tokens/s | efficiency | peak GiB | start s |", "|---|---|---|---|---|---|"]
     for r in records:
-        name = f"{r['strategy']} {r['shape']} {r['rows']}" + (" (resumed)" if r["resume"] else "")
         if "error" in r:
-            lines.append(f"| {name} | {r['devices']} | failed: {r['error'][:80]} | | | |")
+            reason = " ".join(r["error"].replace("|", "/").split())
+            lines.append(f"| {name(r)} | {r['devices']} | failed: {reason[:80]} | | | |")
             continue
         peaks, efficiency = r["peak_memory_gib"], r.get("efficiency")
         shown = "" if efficiency is None else f"{efficiency:.1%}"
         figures = f"{r['tokens_per_second']:,.0f} | {shown} | {max(peaks):.2f} | {r['start_seconds']}"
-        lines.append(f"| {name} | {r['devices']} | {figures} |")
+        lines.append(f"| {name(r)} | {r['devices']} | {figures} |")
     return "\n".join(lines)
+
+
+def device_counts(available: int) -> list[int]:
+    """Return what is measured unless told otherwise: powers of two, and all there are."""
+    return sorted({2**i for i in range(available.bit_length())} | {available} if available else set())
 
 
 def parse(args: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    counts = [2**i for i in range(8) if 2**i <= max(1, torch.cuda.device_count())]
-    parser.add_argument("--devices", type=int, nargs="+", default=counts, help=f"numbers of devices; here {counts}")
+    gpus = torch.cuda.device_count()
+    counts = device_counts(gpus)
+    parser.add_argument("--devices", type=int, nargs="+", help=f"numbers of devices; here {counts}, or 1 2 on CPUs")
     parser.add_argument("--accelerator", choices=("gpu", "cpu"), default="gpu")
     parser.add_argument("--shape", choices=SHAPES, help="one for all cases, instead of 8b for DDP and 70b for FSDP")
-    parser.add_argument("--only", choices=("ddp", "fsdp"))
+    parser.add_argument("--only", choices=("ddp", "fsdp"), help="one strategy; fsdp takes two devices and more")
     parser.add_argument("--steps", type=int, default=40, help="measured steps, after 10 of warm-up")
-    parser.add_argument("--tokens_per_batch", type=int, default=8192)
-    parser.add_argument("--out", type=Path, help="also write the JSON lines to this file")
+    parser.add_argument(
+        "--tokens_per_batch", type=int, default=8192, help="of each device's micro-batch, its whole step"
+    )
+    parser.add_argument("--out", type=Path, help="also write the JSON lines to this file, each as it comes")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
-    return parser.parse_args(args)
+    options = parser.parse_args(args)
+    if options.case is not None:
+        return options
+    options.devices = sorted(set(options.devices or ([1, 2] if options.accelerator == "cpu" else counts or [1])))
+    if options.accelerator == "gpu" and options.devices[-1] > gpus:
+        parser.error(
+            f"--devices {options.devices[-1]}: the GPUs of this machine are {gpus}. To see that everything runs, write "
+            "--accelerator cpu --shape tiny --tokens_per_batch 256, which takes processes instead."
+        )
+    if options.only == "fsdp" and options.devices[-1] < 2:
+        parser.error("--only fsdp: it shares a model among devices, two at least. Write --devices 2 or more.")
+    return options
 
 
 def main(args: list[str] | None = None) -> int:
     """Measure all cases; return 1 if one failed."""
     options = parse(args)
-    if options.case is not None:  # one of the processes that launch() started
-        figures = run(Case(**json.loads(options.case)))
-        if int(os.environ["RANK"]) == 0:
-            options.result.write_text(json.dumps(figures))
+    if options.case is not None:
+        run_rank(Case(**json.loads(options.case)), options.result)
         return 0
-    records = []
+    records: list[dict[str, Any]] = []
+    if options.out is not None:
+        options.out.write_text("")
     with tempfile.TemporaryDirectory() as folder:
         for case in [*plan(options), *resuming(options, folder)]:
             records.append(launch(case))
             add_efficiency(records)
             print(json.dumps(records[-1]), flush=True)
-    if options.out is not None:
-        options.out.write_text("".join(json.dumps(record) + "\n" for record in records))
+            if options.out is not None:
+                with options.out.open("a") as lines:
+                    lines.write(json.dumps(records[-1]) + "\n")
     print(table(records))
     return int(any("error" in record for record in records))
 
