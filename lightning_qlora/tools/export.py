@@ -14,6 +14,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[attr-defined]  # of its HTTP client
 from transformers import AutoConfig, GenerationConfig
 
+from lightning_qlora.checkpoints.adapter_folder import find_adapter
 from lightning_qlora.pretrained import load_tokenizer
 from lightning_qlora.tools.merging.adapted_model import AdaptedModel
 from lightning_qlora.tools.merging.base_weights import BaseWeights, local_base
@@ -45,7 +46,7 @@ def export(
     file is best made from the dequantised base (merge --without_adapter).
 
     Args:
-        folder: That of a merged model, or of an adapter.
+        folder: That of a merged model, of an adapter, or of a run, whose newest checkpoint then counts.
         output: The .gguf file to write. May be left out if the folder is only to be pushed.
         outtype: How the matrices are stored; auto keeps the model's own dtype, and float32 for an adapter. q8_0 rounds
             to 8 bits, which changes answers.
@@ -56,15 +57,10 @@ def export(
         revision: Branch, tag or commit of a base that is a Hugging Face id.
         trust_remote_code: Whether Python code from the model's folder may run.
     """
-    source = Path(folder)
-    is_adapter = (source / "adapter_config.json").is_file()
     if output is None and push_to_hub is None:
         raise ValueError("Nothing to do: write --output FILE.gguf, or --push_to_hub OWNER/NAME, or both.")
-    if not is_adapter and not (source / "config.json").is_file():
-        raise ValueError(
-            f"{folder!r} holds neither config.json nor adapter_config.json. Write the folder that merge made, or an "
-            "adapter's folder."
-        )
+    source = _find_source(Path(folder).expanduser())
+    is_adapter = (source / "adapter_config.json").is_file()
     token = _hub_token() if push_to_hub is not None else ""  # before the work, not after it
     if output is not None:
         file = Path(output)
@@ -76,6 +72,15 @@ def export(
     if push_to_hub is not None:
         address = _push(source, None if output is None else Path(output), push_to_hub, token, private)
         print(f"Pushed to {address}.")
+
+
+def _find_source(folder: Path) -> Path:
+    if (folder / "config.json").is_file():
+        return folder
+    try:
+        return find_adapter(folder)
+    except ValueError as error:
+        raise ValueError(f"{error} (Or write the folder of a model that merge made.)") from error
 
 
 def _export_model(folder: Path, file: Path, outtype: Literal["auto", OutputType], trust_remote_code: bool) -> None:

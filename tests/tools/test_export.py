@@ -9,6 +9,7 @@ import torch
 from gguf import GGUFReader
 from peft import LoraConfig
 from tiny import SENTENCES, tiny_tokenizer
+from tiny_adapters import write_adapter
 from tiny_models import save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -201,7 +202,20 @@ def test_an_adapter_that_is_more_than_a_lora_is_sent_to_merge(lora, named, tmp_p
     assert not (tmp_path / "lora.gguf").exists()
 
 
+def test_of_a_run_its_checkpoint_is_exported(tmp_path):
+    folder = tmp_path / "run" / "checkpoints" / "epoch=0-step=1"
+    export(write_adapter(folder, save_model(tmp_path / "base"), manifest=True), str(tmp_path / "expected.gguf"))
+    export(str(tmp_path / "run"), str(tmp_path / "found.gguf"))
+    assert (tmp_path / "found.gguf").read_bytes() == (tmp_path / "expected.gguf").read_bytes()
+
+
 # Refusals
+
+
+def test_a_folder_that_holds_no_model_is_named(tmp_path):
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(ValueError, match="holds notes.txt.*Write the folder that.*a model that merge made"):
+        export(str(tmp_path), str(tmp_path / "x.gguf"))
 
 
 def test_other_models_are_refused_by_name(tmp_path):
