@@ -39,16 +39,17 @@ def dry_run(
     weights_only: bool | None = None,
     json: bool = False,
 ) -> None:
-    """Try one step of fit on the longest batch, and check what would make the run fail later.
+    """Try a step of fit on the longest batch, and check what would make the run fail later.
 
-    Also spelt fit --dry_run. The base is loaded and the data are prepared as for the run itself; then one forward and
-    backward pass and one optimizer step on the longest batch of the whole plan. Nothing is written but the caches.
+    Also spelt fit --dry_run. The base is loaded and the data are prepared as for the run itself; then the longest batch
+    of the whole plan goes forward, backward and through the optimizer: once to look at every gradient, once more for
+    the memory and the time that each further step takes. Nothing is written but the caches.
 
     Args:
-        model: What would be trained. The step changes it.
+        model: What would be trained. The steps change it.
         datamodule: The data of the run.
         trainer: That of the run; it is used up.
-        ckpt_path: Accepted as fit accepts it, and not used: the step starts from the beginning.
+        ckpt_path: Accepted as fit accepts it, and not used: the steps start from the beginning.
         weights_only: Likewise.
         json: Write the outcome as JSON to standard output, and nothing else.
 
@@ -105,7 +106,7 @@ def _describe_batch(found: Rehearsal) -> Check:
         return Check("longest batch", False, "the data make no batch")
     batch = found.batch
     supervised = "" if batch.num_supervised is None else f", {batch.num_supervised:,} supervised"
-    took = "" if math.isnan(found.seconds) else f"; the step took {found.seconds:.3g} s, start-up included"
+    took = "" if math.isnan(found.seconds) else f"; the second step took {found.seconds:.3g} s"
     text = f"{batch.num_positions:,} tokens (longest document {batch.longest_document:,}{supervised})"
     return Check("longest batch", found.out_of_memory is None, f"{text}, of {batch.among} batches{took}")
 
@@ -116,7 +117,7 @@ def _describe_length(found: Rehearsal, steps: int | None, accumulate: int) -> st
     text = f"{steps:,} optimizer steps of {accumulate} micro-batches"
     if math.isnan(found.seconds):
         return text
-    return f"{text}: at most about {_duration(steps * accumulate * found.seconds)} at the pace of this first step"
+    return f"{text}: at most about {_duration(steps * accumulate * found.seconds)} at the pace of the longest batch"
 
 
 def _duration(seconds: float) -> str:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from lightning_qlora.data import SFTDataModule
 from lightning_qlora.tools.dry_run import dry_run
 from lightning_qlora.tools.rehearsal.checks import Places, check_gradients, check_memory
 from lightning_qlora.tools.rehearsal.longest_batch import find_longest_batch
-from lightning_qlora.tools.rehearsal.step import Rehearsal
+from lightning_qlora.tools.rehearsal.step import Rehearsal, rehearse
 
 
 @pytest.fixture
@@ -129,6 +130,27 @@ def test_any_module_and_data_module_of_lightnings(base, tokenizer, tmp_path, cap
 
     assert "14 optimizer steps of 2 micro-batches" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
+
+
+def test_a_second_step_tells_what_every_further_one_takes(base, tokenizer, tmp_path):
+    module = tiny_sft_module(base)
+    step, losses, ready = module.training_step, [], []
+
+    def record(batch, batch_idx):
+        ready.append(len(module.optimizers().state))
+        time.sleep(1.0 * (len(ready) == 1))  # what a process does once
+        output = step(batch, batch_idx)
+        losses.append(output.detach().item())
+        return output
+
+    module.training_step = record
+    found = rehearse(module, TinyChats(tokenizer), tiny_trainer(tmp_path))
+    assert ready[0] == 0 < ready[1]  # the second has the optimizer's state beside it
+    assert found.loss == losses[0] != losses[1]
+    assert found.seconds < 1.0
+    # Gradients are looked at before anything was learnt: those of lora_A are still zero.
+    assert found.num_trained == 2 * len(found.all_zero)
+    assert all("lora_A" in name for name in found.all_zero)
 
 
 def test_a_lora_b_that_receives_no_gradient_is_named(base, tokenizer, tmp_path, capsys):

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from lightning_qlora.data.loading import BatchDataset
 
-__all__ = ["LongestBatch", "find_longest_batch", "one_batch_loader"]
+__all__ = ["LongestBatch", "find_longest_batch", "repeating_loader"]
 
 _LOOKED_AT = 64
 
@@ -77,6 +77,6 @@ def _size(found: LongestBatch) -> tuple[int, int]:
     return found.num_positions, found.longest_document
 
 
-def one_batch_loader(batch: Any) -> DataLoader[Any]:
-    """Return a loader that gives this batch once."""
-    return DataLoader([batch], batch_size=None)  # type: ignore[arg-type]
+def repeating_loader(batch: Any, times: int) -> DataLoader[Any]:
+    """Return a loader that gives this batch again and again."""
+    return DataLoader([batch] * times, batch_size=None)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""One step of training on the longest batch, by the trainer of the run with everything taken away that writes."""
+"""Two steps of training on the longest batch, by the trainer of the run with everything taken away that writes."""
 
 from __future__ import annotations
 
@@ -18,28 +18,30 @@ from torch.optim import Optimizer
 from torch.utils.data.distributed import DistributedSampler
 from typing_extensions import override
 
-from lightning_qlora.tools.rehearsal.longest_batch import LongestBatch, find_longest_batch, one_batch_loader
+from lightning_qlora.tools.rehearsal.longest_batch import LongestBatch, find_longest_batch, repeating_loader
 
 __all__ = ["Rehearsal", "rehearse"]
+
+_NUM_STEPS = 2
 
 
 @dataclass(slots=True)
 class Rehearsal:
-    """What one step showed.
+    """What the steps showed.
 
     Attributes:
         batch: That it was made on.
         batches_per_epoch: Of this rank; ``None`` for a stream.
-        seconds: The step took, the first one of its process.
-        loss: What the step returned.
+        seconds: The second step took; the first one of a process is slower than all that follow.
+        loss: What the first step returned.
         no_gradient: Trained parameters that received none.
         not_finite: Those whose gradient has a NaN or an infinity.
         all_zero: Those whose gradient is zero throughout.
         num_trained: Trained parameters.
         trained_bytes: Of them.
-        optimizer_bytes: Of the optimizer's state after the step.
+        optimizer_bytes: Of the optimizer's state after a step.
         peak_bytes: The most that tensors took on the GPU; ``None`` on a CPU.
-        out_of_memory: What torch said when the step did not fit.
+        out_of_memory: What torch said when a step did not fit.
     """
 
     batch: LongestBatch | None = None
@@ -57,7 +59,7 @@ class Rehearsal:
 
 
 def rehearse(model: L.LightningModule, datamodule: L.LightningDataModule, trainer: L.Trainer) -> Rehearsal:
-    """Run one step and look at it.
+    """Run one step and look at it, and a second one, which has the optimizer's state beside it as all others will.
 
     The trainer keeps its devices, strategy and precision, and loses its callbacks, loggers and profiler: it is not good
     for anything else afterwards, and neither is the module.
@@ -69,7 +71,7 @@ def rehearse(model: L.LightningModule, datamodule: L.LightningDataModule, traine
         loader = make_loader()
         found.batches_per_epoch = _batches_of_a_rank(loader, trainer)
         found.batch = find_longest_batch(loader)
-        return one_batch_loader(found.batch.batch)
+        return repeating_loader(found.batch.batch, _NUM_STEPS)
 
     datamodule.train_dataloader = longest_only  # type: ignore[method-assign]
     _take_away_what_writes(trainer)
@@ -88,10 +90,10 @@ def _take_away_what_writes(trainer: L.Trainer) -> None:
     trainer.profiler = PassThroughProfiler()  # type: ignore[attr-defined]
     trainer.limit_val_batches = 0
     trainer.num_sanity_val_steps = 0
-    trainer.limit_train_batches = 1
+    trainer.limit_train_batches = _NUM_STEPS
     trainer.accumulate_grad_batches = 1
     trainer.fit_loop.max_epochs = 1
-    trainer.fit_loop.epoch_loop.max_steps = 1
+    trainer.fit_loop.epoch_loop.max_steps = _NUM_STEPS
 
 
 def _batches_of_a_rank(loader: Any, trainer: L.Trainer) -> int | None:
@@ -105,7 +107,7 @@ def _batches_of_a_rank(loader: Any, trainer: L.Trainer) -> int | None:
 
 
 class _Probe(Callback):
-    """Measures the step and reads the gradients before the optimizer uses them."""
+    """Measures the steps and reads the gradients of the first before the optimizer uses them."""
 
     def __init__(self, found: Rehearsal) -> None:
         self.found = found
@@ -122,6 +124,8 @@ class _Probe(Callback):
 
     @override
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        if trainer.global_step > 0:
+            return
         for name, parameter in pl_module.named_parameters():
             if not parameter.requires_grad:
                 continue
@@ -142,7 +146,9 @@ class _Probe(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
         loss: Any = outputs["loss"] if isinstance(outputs, Mapping) else outputs
-        self.found.loss = math.nan if loss is None else float(loss)  # waits for the device
+        value = math.nan if loss is None else float(loss)  # waits for the device
+        if batch_idx == 0:
+            self.found.loss = value
         device = trainer.strategy.root_device
         self.found.seconds = time.perf_counter() - self._start
         if device.type == "cuda":
