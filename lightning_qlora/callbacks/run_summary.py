@@ -9,6 +9,7 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelSummary
 from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from typing_extensions import override
 
 from lightning_qlora.accounting import Storage, count_storage
@@ -88,7 +89,8 @@ def _describe_model(pl_module: L.LightningModule, model: nn.Module, storages: li
     rows = []
     if (name := getattr(pl_module, "model_name", None)) is not None:
         revision = getattr(pl_module, "revision", None) or getattr(getattr(base, "config", None), "_commit_hash", None)
-        rows.append(("Base", f"{name} ({type(base).__name__}{f', revision {revision}' if revision else ''})"))
+        kind = next(cls for cls in type(base).__mro__ if not issubclass(cls, FSDPModule))  # what FSDP2 has made it from
+        rows.append(("Base", f"{name} ({kind.__name__}{f', revision {revision}' if revision else ''})"))
     numel, nbytes = sum(s.numel for s in storages), sum(s.nbytes for s in storages)
     rows.append(("Parameters", f"{numel:,} in {_size(nbytes)}: {', '.join(map(_storage, storages))}"))
     trainable = sum(s.numel for s in storages if s.trainable)

@@ -20,8 +20,8 @@ class QLoRADDPStrategy(DDPStrategy):
     so that adapters begin alike.
 
     The defaults that differ from torch's, each of which an argument of DistributedDataParallel overrides:
-    ``gradient_as_bucket_view`` (one copy of the gradients less), ``broadcast_buffers=False`` (the base's buffers never
-    change), and ``find_unused_parameters`` where a model trains experts that are picked by token, and only there.
+    ``gradient_as_bucket_view`` (one copy of the gradients less), no buffers sent (the base's never change), and
+    ``find_unused_parameters`` where a model trains experts that are picked by token, and only there.
     ``static_graph`` stays off: with torch 2.13 an accumulated first step ends in an internal error, and it saves
     nothing where all adapters take part in each step.
 
@@ -30,14 +30,17 @@ class QLoRADDPStrategy(DDPStrategy):
     """
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**{"gradient_as_bucket_view": True, "broadcast_buffers": False, **options})
+        super().__init__(**{"gradient_as_bucket_view": True, **options})
 
     @override
     def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
         if not {"static_graph", "find_unused_parameters"} & self._ddp_kwargs.keys() and _trains_experts(model):
             self._ddp_kwargs["find_unused_parameters"] = True
-        frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
+        kept = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+        # By name, since broadcast_buffers=False is deprecated in torch 2.13, and what replaces it is not in 2.11.
+        if not {"broadcast_buffers", "forward_sync_buffers"} & self._ddp_kwargs.keys():
+            kept += [name for name, _ in model.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, kept)
         return super()._setup_model(model)
 
 

@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 
 from lightning.pytorch.strategies import ParallelStrategy
 from peft import PeftModel
+from transformers.utils import logging as transformers_logging
 
 from lightning_qlora.ranks import together
 
@@ -31,14 +32,29 @@ class ShardsModel(Protocol):
 def build_sharded(strategy: object) -> Iterator[None]:
     """Surround the building of a model: as the strategy wants it, and so that all ranks end where one fails alone.
 
+    Only the first rank shows how loading goes on.
+
     Raises:
         RankError: On the ranks that did not fail themselves.
     """
     with (
-        together() if isinstance(strategy, ParallelStrategy) else nullcontext(),
+        _on_all_ranks(strategy) if isinstance(strategy, ParallelStrategy) else nullcontext(),
         strategy.building() if isinstance(strategy, ShardsModel) else nullcontext(),
     ):
         yield
+
+
+@contextmanager
+def _on_all_ranks(strategy: ParallelStrategy) -> Iterator[None]:
+    silences = not strategy.is_global_zero and transformers_logging.is_progress_bar_enabled()
+    if silences:
+        transformers_logging.disable_progress_bar()
+    try:
+        with together():
+            yield
+    finally:
+        if silences:
+            transformers_logging.enable_progress_bar()
 
 
 def shard(strategy: object, model: PeftModel) -> None:

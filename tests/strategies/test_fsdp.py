@@ -9,7 +9,7 @@ from tiny_ranks import run_ranks
 from tiny_run import TinyData, tiny_module, tiny_trainer
 from torch.distributed.tensor import DTensor
 
-from lightning_qlora.callbacks import AdapterCheckpoint
+from lightning_qlora.callbacks import AdapterCheckpoint, RunSummary
 from lightning_qlora.checkpoints.publishing import LocalStore
 from lightning_qlora.model import load_base_model
 from lightning_qlora.ranks import RankZeroError
@@ -44,11 +44,11 @@ class Look(L.Callback):
         self.look(module)
 
 
-def test_the_bytes_of_the_base_stay_and_each_rank_holds_half(base, tmp_path):
+def test_the_bytes_of_the_base_stay_and_each_rank_holds_half(base, tmp_path, capfd):
     def run():
         look = Look()
         module = tiny_module(base)
-        tiny_trainer(tmp_path, look, strategy=FSDP2Strategy(), enable_checkpointing=False, **SEVERAL).fit(
+        tiny_trainer(tmp_path, look, RunSummary(), strategy=FSDP2Strategy(), enable_checkpointing=False, **SEVERAL).fit(
             module, datamodule=TinyData(batches=4)
         )
         prompts = torch.tensor([[5, 6, 7]]), torch.ones(1, 3, dtype=torch.int64)
@@ -67,6 +67,7 @@ def test_the_bytes_of_the_base_stay_and_each_rank_holds_half(base, tmp_path):
         assert found["digests"] == [expected, expected]
         assert found["bytes"] == [pytest.approx(size / 2, rel=0.01)] * 2
         assert found["loss"] == ranks[0]["loss"]
+    assert f"{base} (LlamaForCausalLM)" in capfd.readouterr().out  # not the class that FSDP2 makes of it
     assert ranks[0]["length"] == 6
     assert ranks[1]["length"] < 6
 

@@ -8,6 +8,7 @@ from tiny_adapters import write_adapter
 from tiny_models import save_tiny_model
 from tiny_ranks import run_ranks
 from tiny_run import TinyData, tiny_module, tiny_trainer
+from transformers.utils.logging import is_progress_bar_enabled
 
 from lightning_qlora.modules import SFTModule
 from lightning_qlora.ranks import RankError
@@ -86,5 +87,9 @@ def test_all_ranks_end_with_the_message_of_the_one_that_failed(base, tmp_path, s
     assert seconds < 30  # and not after the minutes that a process group waits
 
 
-def test_where_none_fails_all_train(base, tmp_path):
-    assert {end[0] for end in run_ranks(tmp_path, lambda: fit(base, tmp_path, FSDP2Strategy, "", 0))} == {"trained"}
+@pytest.mark.parametrize("strategy", [FSDP2Strategy, QLoRADDPStrategy])
+def test_where_none_fails_all_train_and_one_shows_how_loading_goes_on(base, tmp_path, strategy, capfd):
+    ends = run_ranks(tmp_path, lambda: (*fit(base, tmp_path, strategy, "", 0), is_progress_bar_enabled()))
+    assert {end[0] for end in ends} == {"trained"}
+    assert {end[-1] for end in ends} == {True}
+    assert capfd.readouterr().err.count("Loading weights: 100%") == 1

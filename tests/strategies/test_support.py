@@ -205,9 +205,11 @@ def test_options_of_ddp(module, given, expected, monkeypatch):
 
     monkeypatch.setattr("lightning.pytorch.strategies.ddp.DistributedDataParallel", wrap)
     model = nn.Sequential(nn.Linear(2, 2).requires_grad_(False), module)
+    model[0].register_buffer("constant", torch.zeros(1))
     strategy = QLoRADDPStrategy(parallel_devices=[torch.device("cpu")], **given)
     monkeypatch.setattr(type(strategy), "root_device", torch.device("cpu"))
     strategy._setup_model(model)
     options = {k: v for k, v in seen.items() if k not in ("module", "device_ids")}
-    assert options == {"gradient_as_bucket_view": True, "broadcast_buffers": False, **expected}
-    assert model._ddp_params_and_buffers_to_ignore == ["0.weight", "0.bias"]
+    assert options == {"gradient_as_bucket_view": True, **expected}
+    buffers = [] if given.keys() & {"broadcast_buffers"} else ["0.constant"]
+    assert model._ddp_params_and_buffers_to_ignore == ["0.weight", "0.bias", *buffers]
