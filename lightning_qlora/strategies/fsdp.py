@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from bitsandbytes.optim.optimizer import Optimizer8bit
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import PeftModel
@@ -124,6 +125,16 @@ class FSDP2Strategy(ModelParallelStrategy):
         super().setup(trainer)
         if self._sharded is not None:
             self._gather_once(self._sharded)
+
+    @override
+    def setup_optimizers(self, trainer: L.Trainer) -> None:
+        super().setup_optimizers(trainer)
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, Optimizer8bit):  # what all of bitsandbytes' are made from
+                raise MisconfigurationException(
+                    f"{type(optimizer).__name__} of bitsandbytes takes no parameters that are in parts. Write "
+                    "torch.optim.AdamW, whose state is in parts as well, or --trainer.strategy=ddp."
+                )
 
     @torch.no_grad()
     def _gather_once(self, model: PeftModel) -> None:

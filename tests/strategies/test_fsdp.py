@@ -3,6 +3,8 @@
 import lightning as L
 import pytest
 import torch
+from bitsandbytes.optim import PagedAdamW8bit
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import PeftModel
 from tiny_models import digests, random_batch, save_tiny_model
 from tiny_ranks import run_ranks
@@ -200,3 +202,19 @@ def test_offloaded_parts_train_alike(base, tmp_path):
 
         found[offload] = run_ranks(tmp_path / f"{offload}-ranks", run)[0]
     assert found[True]["losses"] == pytest.approx(found[False]["losses"], rel=1e-5)
+
+
+def test_optimizers_of_bitsandbytes_are_refused(base, tmp_path):
+    """In the first step they would fail with the name of an operator."""
+
+    def run():
+        module = tiny_module(base, optimizer=PagedAdamW8bit)
+        trainer = tiny_trainer(tmp_path, strategy=FSDP2Strategy(), enable_checkpointing=False, **SEVERAL)
+        try:
+            trainer.fit(module, datamodule=TinyData(batches=2))
+        except MisconfigurationException as error:
+            return str(error)
+
+    for message in run_ranks(tmp_path / "ranks", run):
+        assert "PagedAdamW8bit" in message
+        assert "torch.optim.AdamW" in message
