@@ -88,6 +88,7 @@ def test_the_table_says_what_is_measured_and_what_is_not(call, config_only):
     assert "not measured here" in output
     assert "60 % supervised; this package" in output
     assert "length unknown" in output
+    assert "with --trainer.max_steps it is known here" in output
     assert "8 GiB" in output
 
 

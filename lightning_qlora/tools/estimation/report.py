@@ -138,14 +138,19 @@ def _tokens(count: int) -> str:
     return f"{count:,} tokens" if count else "none"
 
 
+_HOW_LONG = "The run's length: with --trainer.max_steps it is known here; inspect counts a run's batches."
+
+
 def _speeds(found: Estimate) -> list[str]:
     rows = [["device", "tokens/s a rank", "s a step", "run"]]
     for speed in found.speeds:
         run = "length unknown" if speed.run_seconds is None else duration(speed.run_seconds)
         rows.append([speed.device, f"{speed.tokens_per_second:,.0f}", f"{speed.seconds_per_step:.3g}", run])
     kind = [m for m in found.measured if (m.peak_tflops is None) == (found.device == "cpu")]
+    unknown = any(speed.run_seconds is None for speed in found.speeds)
     return [
         *_table(rows),
+        *([_HOW_LONG] if unknown else []),
         "Derived by arithmetic and data sheets, not measured here, for work that keeps a device busy. Measured were:",
         *(f"  {m.tokens_per_second:,.0f} tokens/s on {m.device}, checkpointing {m.plan}: {m.what}" for m in kind),
     ]
