@@ -149,7 +149,7 @@ class ControlTokens:
                 "needs. Load a tokenizer that comes with a tokenizer.json (AutoTokenizer makes one for most models)."
             )
         self.state: str = backend.to_str()
-        self.backend = _plain_copy(json.loads(self.state))
+        self.backend = _plain_copy(self.state)
         allowed = set(content_tokens)
         added: dict[int, AddedToken] = self.backend.get_added_tokens_decoder()
         if unknown := allowed - {token.content for token in added.values()}:
@@ -225,7 +225,7 @@ class ControlTokens:
         ids: list[int] = encoding.ids
         if shrunk and self._twin_ids:
             ids = [self._twin_ids.get(token_id, token_id) for token_id in ids]
-        if int(np.count_nonzero(self._is_control_V[np.array(ids, dtype=np.int64)])) != len(matches):
+        if int(np.count_nonzero(self._is_control_V[np.fromiter(ids, np.int64, len(ids))])) != len(matches):
             return None
         places: list[int] = []
         for match, start in zip(matches, starts, strict=True):
@@ -253,9 +253,12 @@ def shrink(position: int, matches: Iterable[Match]) -> int:
     return position - sum(match.end - match.start - 1 for match in matches if match.end <= position)
 
 
-def _plain_copy(state: dict[str, Any]) -> Tokenizer:
+def _plain_copy(state: str) -> Tokenizer:
     """Load a backend that neither truncates nor pads, whatever the original was last used for."""
-    return Tokenizer.from_str(json.dumps({**state, "truncation": None, "padding": None}))
+    copy = Tokenizer.from_str(state)
+    copy.no_truncation()
+    copy.no_padding()
+    return copy
 
 
 def _build_twin(state: str, contents: dict[int, str]) -> tuple[Tokenizer, dict[int, str], dict[int, int]]:
@@ -268,7 +271,7 @@ def _build_twin(state: str, contents: dict[int, str]) -> tuple[Tokenizer, dict[i
     sentinels = {token_id: chr(SENTINEL_BASE + index) for index, token_id in enumerate(sorted(contents))}
     plain: set[int] = set()
     for _ in range(2):
-        twin = _plain_copy(_rename(json.loads(state), contents, sentinels, plain))
+        twin = _plain_copy(json.dumps(_rename(json.loads(state), contents, sentinels, plain)))
         names = {token_id: sentinels.get(token_id, token.content) for token_id, token in _added(state).items()}
         twin_ids = {
             twin_id: token_id

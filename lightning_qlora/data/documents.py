@@ -49,7 +49,7 @@ class Document(NamedTuple):
     @classmethod
     def from_row(cls, row: TokenizedRow, row_id: int, kind: AnswerKind = AnswerKind.NONE) -> Document:
         """Convert a row that :class:`~lightning_qlora.data.chat_template.ChatTemplate` encoded."""
-        return cls(np.asarray(row.input_ids, dtype=np.int32), spans_of(row.supervised), row_id, kind)
+        return cls(np.fromiter(row.input_ids, np.int32, len(row.input_ids)), spans_of(row.supervised), row_id, kind)
 
     @classmethod
     def filler(cls, token_id: int = 0) -> Document:

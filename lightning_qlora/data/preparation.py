@@ -37,7 +37,8 @@ MANIFEST_FILE = "manifest.json"
 CHUNK_ROWS = 2048
 """Most rows that are tokenised together and written as one record batch; a quarter of it costs a tenth of the speed."""
 CHUNK_CHARACTERS = 2**22
-"""Characters after which a chunk of longer rows ends; a token takes some hundred bytes until it is written."""
+"""Characters (of lines: bytes) after which a chunk of longer rows ends; a token takes some hundred bytes until it is
+written."""
 
 
 class Prepared(NamedTuple):
@@ -74,8 +75,9 @@ def prepare(
         sources: What to read.
         encoder: How a row becomes tokens.
         cache_dir: The folder of prepared sets.
-        num_proc: Most worker processes that tokenise; 1 does it in this process (on the tokenizer's own threads), and
-            so do more for a few thousand rows, which take less time than workers need to start.
+        num_proc: Most worker processes that tokenise, and parse lines of JSON; 1 does it in this process (on the
+            tokenizer's own threads), and so do more for a few thousand rows, which take less time than workers need to
+            start.
         max_invalid_fraction: Largest share of refused rows, from 0 to 1.
         name: What the progress bar calls it.
 

@@ -224,7 +224,7 @@ class PreparedDocuments(Documents):
 def _row_digests(documents: Sequence[Document]) -> list[int]:
     digests: list[int] = []
     for index, document in enumerate(documents):
-        ids = document.input_ids.astype(np.int32)
+        ids = document.input_ids.astype(np.int32, copy=False)
         if document.kind is AnswerKind.REJECTED:
             digests[-1:] = [content_digest(np.concatenate((documents[index - 1].input_ids.astype(np.int32), ids)))] * 2
         else:

@@ -15,6 +15,7 @@ import lightning_qlora.data
 from lightning_qlora.data import preparation, workers
 from lightning_qlora.data.chat_template import ChatTemplate
 from lightning_qlora.data.encoding import RowEncoder
+from lightning_qlora.data.lines import JsonLine, RowParser
 from lightning_qlora.data.preparation import CHUNK_ROWS, prepare
 from lightning_qlora.schema import Completion, Conversation, Message, Origin, PreferenceRow, UnpairedRow
 
@@ -235,6 +236,7 @@ ORIGIN = Origin("a", 3)
         Conversation((MESSAGE, Message("user", "\ud800")), ORIGIN, ({"name": "f"},), {"think": False}),
         PreferenceRow((MESSAGE,), (MESSAGE, MESSAGE), (), ORIGIN, ({},), {"x": 1}),
         UnpairedRow((), (MESSAGE,), False, ORIGIN),
+        JsonLine(b'{"a": "\xff"}', ORIGIN, RowParser("auto", {"prompt": "a"}, "sft")),
     ],
 )
 def test_rows_arrive_as_they_were(row):
