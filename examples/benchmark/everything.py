@@ -42,13 +42,17 @@ def _speed() -> list[Measurement]:
     """Own runs, each beside the peers that do the same."""
     beside = {
         "full2k --plan full": ["unsloth full2k", "trl-liger full2k", "trl full2k"],
+        "full2k --plan selective_offload": [],
         "full2k --plan offload": [],
         "full2k --plan none": ["unsloth full2k --plan none", "trl-liger full2k --plan none"],
         "full8k --plan full": ["unsloth full8k", "trl-liger full8k"],
-        "chat2k_pack --plan full": ["unsloth chat2k_pack", "trl-liger chat2k_pack"],
+        "full8k --plan selective_offload": [],
+        "chat2k_pack --plan full": ["unsloth chat2k_pack", "trl-liger chat2k_pack", "trl chat2k_pack"],
+        "chat2k_pack --plan selective_offload": [],
         "chat2k_pack --plan none": ["unsloth chat2k_pack --plan none"],
         "chat2k_16 --plan auto": ["unsloth chat2k_16", "trl-liger chat2k_16"],
         "dpo --plan full": ["trl dpo"],
+        "dpo --plan none": [],
     }
     found = []
     for own, peers in beside.items():
@@ -64,10 +68,10 @@ def _own(group: str, *commands: str) -> list[Measurement]:
 
 MEASUREMENTS = [
     *_own(
-        "gates", "gate full2k --plan none offload", "gate chat2k_pack --plan selective",
+        "gates", "gate full2k --plan none selective_offload offload", "gate chat2k_pack --plan full selective_offload",
         "gate full2k --plan full --compile_layers", "gate chat2k_pack --plan none --compile_layers",
     ),
-    *_own("curve", "curve full2k --plan none --rows 2 --steps 150"),
+    *_own("curve", "curve full2k --plan none --rows 2 --steps 200"),
     Measurement("floor", "floor.py"),
     Measurement("floor", "kernel_speed.py"),
     Measurement("speed", "peers.py make CHECKPOINT"),
@@ -75,14 +79,14 @@ MEASUREMENTS = [
     *_own(
         "variants", "run full2k --plan full none --compile_layers", "run chat2k_pack --plan none --compile_layers",
         "run full2k --plan full none --fused_lora false", "run full2k --plan selective",
-        "run full2k --plan auto --cap_gib 24 8",
+        "run full2k --plan auto --cap_gib 24 16 8",
     ),
-    *_own("context", "context --cap_gib 8 24"),
+    *_own("context", "context --cap_gib 8 24 80"),
     *_own(  # rows: with the 4 of speed, 2,048 to 65,536 tokens a batch
         "growth", "run full2k --plan full --rows 1 8 32 --steps 4 --warmup 2",
         "run full2k --plan offload --rows 1 --max_length 4096 16384 65536 --steps 2 --warmup 1",
-        "run full2k --plan full --rank 64 --steps 6 --warmup 2",
-        "run full2k --plan full --shape 0.5b 14b --steps 6 --warmup 2",
+        "run full2k --plan selective_offload --rank 8 64 128 --steps 6 --warmup 2",
+        "run full2k --plan selective_offload --shape 0.5b 14b --steps 6 --warmup 2",
         "run full2k --plan full --shape 70b --rows 1 --steps 3 --warmup 1",
     ),
 ]  # fmt: skip

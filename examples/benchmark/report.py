@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
+_PLANS = (("full", "full"), ("selective_offload", "full"), ("offload", "full"), ("none", "none"), ("auto", "full"))
+"""Of own runs, with the one of the peers that a plan is compared with."""
 CASE_TITLES = {
     "full2k": "4 x 2,048 tokens", "full8k": "1 x 8,192 tokens", "chat2k_pack": "chat rows, packed to 8,192 tokens",
     "chat2k_16": "16 chat rows", "chat2k": "4 chat rows", "dpo": "DPO, 8 pairs",
@@ -71,7 +73,7 @@ def speed(records: list[Record], floor: Record | None) -> list[str]:
         return []
     rows: list[list[object]] = []
     for case in CASE_TITLES:
-        for plan, limited_by in (("full", "full"), ("offload", "full"), ("none", "none"), ("auto", "full")):
+        for plan, limited_by in _PLANS:
             mine = [r for r in chosen if r["case"] == case and r["plan"] == plan and _is_own(r)]
             peers = [r for r in chosen if r["case"] == case and r["plan"] == limited_by and not _is_own(r)]
             best = max((r["tok_s"] for r in peers), default=None)

@@ -25,6 +25,7 @@ def link_keeps_up(device: torch.device, nbytes: int, flops: float) -> bool:
         flops: Of the forward pass' products.
     """
     bytes_per_second, flops_per_second = _copy_rate(device), _product_rate(device)
+    torch.cuda.empty_cache()
     return nbytes / bytes_per_second <= _BESIDES * flops / flops_per_second
 
 

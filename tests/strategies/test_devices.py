@@ -27,7 +27,6 @@ STEPS = 4
 """Of an epoch; a run has two, and stops between them."""
 EXACT = {"dtype": "float32", "attn_implementation": "sdpa"}
 STRATEGIES = {"ddp": QLoRADDPStrategy, "fsdp": FSDP2Strategy, "offload": partial(FSDP2Strategy, cpu_offload=True)}
-ON_TWO = ("ddp", "fsdp")
 
 
 @dataclass(frozen=True)
@@ -38,11 +37,13 @@ class Place:
         accelerator: Lightning's name.
         backend: Of torch.distributed between the two; ``None`` chooses by device.
         hosts: Two that are told to be alone on their hosts share a device.
+        strategies: Of two ranks. Gloo's collectives of FSDP2 end in a segmentation fault on CUDA tensors (torch 2.11).
     """
 
     accelerator: str
     backend: str | None
     hosts: int
+    strategies: tuple[str, ...] = ("ddp", "fsdp")
 
 
 def on_gpus(count):
@@ -51,7 +52,7 @@ def on_gpus(count):
 
 PLACES = [
     pytest.param(Place("cpu", None, 2), marks=pytest.mark.slow, id="CPU"),
-    pytest.param(Place("gpu", "gloo", 2), marks=on_gpus(1), id="one GPU"),
+    pytest.param(Place("gpu", "gloo", 2, ("ddp",)), marks=on_gpus(1), id="one GPU"),
     pytest.param(Place("gpu", None, 1), marks=on_gpus(2), id="two GPUs"),
 ]
 
@@ -93,9 +94,8 @@ def fit(
     return {"losses": look.losses, "backend": used, **look.end}
 
 
-def every_run(base, root, **where):
+def every_run(base, root, strategies, **where):
     """What one process does: it starts slowly, so that each does all its runs, one after the other."""
-    strategies = [None, *STRATEGIES] if where["ranks"] == 1 else ON_TWO
     found = {}
     for strategy in strategies:
         run = {"base": base, "strategy": strategy, **where}
@@ -153,8 +153,9 @@ def in_peft(trained):
 def test_runs_that_stop_and_resume_take_the_steps_of_one_device_that_does_not(place, tmp_path):
     base = save_tiny_model(tmp_path / "base", hidden_size=256, intermediate_size=512, num_hidden_layers=3)
     where = {"base": base, "accelerator": place.accelerator}
-    one = Processes(__file__, tmp_path / "1", {**where, "ranks": 1, "hosts": 1, "backend": None}, ranks=1)
-    settings = {**where, "ranks": 2, "hosts": place.hosts, "backend": place.backend}
+    alone_there = {"ranks": 1, "hosts": 1, "backend": None}
+    one = Processes(__file__, tmp_path / "1", {**where, **alone_there, "strategies": [None, *STRATEGIES]}, ranks=1)
+    settings = {**where, "ranks": 2, "hosts": place.hosts, "backend": place.backend, "strategies": place.strategies}
     two = Processes(__file__, tmp_path / "2", settings, ranks=2, hosts=place.hosts)
     failures = one.failures(timeout=200) + two.failures(timeout=60)
     assert not failures, "\n".join(failures)
@@ -164,7 +165,7 @@ def test_runs_that_stop_and_resume_take_the_steps_of_one_device_that_does_not(pl
     assert alone[0]["device"] == device
     found = []
     for rank, runs in ranks.items():
-        for strategy in STRATEGIES if rank == "1" else ON_TWO:
+        for strategy in STRATEGIES if rank == "1" else place.strategies:
             run, own = runs[strategy], own_backend(place.accelerator, strategy)
             ran = run["device"], run["backend"], run["is_cut"]
             expected = device, (rank != "1" and place.backend) or own, rank != "1" and strategy == "fsdp"
