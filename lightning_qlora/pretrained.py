@@ -20,11 +20,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from lightning_qlora.text_splitting import restore_splitting
+
 __all__ = ["cache_dir", "load_tokenizer", "resolve_pretrained"]
 
 PACKAGE_SCHEME = "package:"
 
-_CONVERSION_FORMAT = 1  # raise when a converted folder's content changes, so that older ones are not reused
+_CONVERSION_FORMAT = 2  # raise when a converted folder's content changes, so that older ones are not reused
 
 # Names that model families give a token whose only use is padding, most specific first.
 _PAD_TOKENS = (
@@ -207,8 +209,21 @@ def _write_dequantised(path: Path, folder: Path) -> None:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.generation_config.eos_token_id = tokenizer.eos_token_id
+    _split_as_trained(tokenizer, path)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _split_as_trained(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    from gguf import GGUFReader  # of an extra
+
+    field = GGUFReader(path).get_field("tokenizer.ggml.pre")
+    name = None if field is None else str(field.contents())
+    if name is not None and not restore_splitting(tokenizer.backend_tokenizer, name):
+        rank_zero_info(
+            f"{path.name} splits text in a way ({name!r}) that is not known here: some numbers and runs of white space "
+            "may become other tokens than in its training. The model's own folder has its own tokenizer.json."
+        )
 
 
 def _dequantise() -> dict[str, Any]:

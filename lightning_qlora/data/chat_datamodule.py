@@ -33,6 +33,7 @@ from lightning_qlora.data.stages import PreparedStages, Stage
 from lightning_qlora.data.truncation import OVERLONG_POLICIES, OverlongPolicy
 from lightning_qlora.pretrained import cache_dir as default_cache_dir
 from lightning_qlora.pretrained import load_tokenizer
+from lightning_qlora.ranks import together
 from lightning_qlora.redaction import scrub
 from lightning_qlora.schema import Origin, PromptBatch, RowRefused, SFTBatch
 
@@ -283,9 +284,10 @@ class PreparedDataModule(L.LightningDataModule):
 
     @override
     def setup(self, stage: str | None = None) -> None:
-        """Read the cache, in every process."""
-        for name in self._wanted_stages(stage):
-            self._stages.set_up(name)
+        """Read the cache, in every process; where one cannot, all end with its message."""
+        with together():
+            for name in self._wanted_stages(stage):
+                self._stages.set_up(name)
         trainer, own = self.trainer, type(self).val_dataloader is PreparedDataModule.val_dataloader
         if trainer is not None and trainer.state.fn is TrainerFn.FITTING and own and "validation" not in self._stages:
             # Lightning's own switch; a loader without batches would make it warn that something may be wrong.

@@ -12,6 +12,9 @@ import pytest
 from lightning.pytorch.strategies import DDPStrategy
 from tiny_chats import Recorder, make_data, write_chats
 from tiny_pairs import pair_data, write_pairs
+from tiny_ranks import run_ranks
+
+from lightning_qlora.ranks import RankError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork"),
@@ -92,3 +95,30 @@ def test_two_ranks_share_the_pairs_and_resume_exactly(tmp_path, options):
     resumed = fit_on_two(data(), RankRecorder(tmp_path, "resumed"), str(tmp_path / "whole.ckpt"), max_epochs=2)
     for before, after in zip(whole, resumed, strict=True):
         assert after["seen"] == before["seen"][2:]
+
+
+def test_a_rank_that_cannot_read_ends_the_run_on_all(tmp_path, monkeypatch):
+    source = write_chats(tmp_path / "train.jsonl", 25)
+    data = make_data(source, tmp_path / "cache")
+    set_up = data._stages.set_up
+
+    def failing(stage: str) -> None:
+        if data.trainer is not None and data.trainer.global_rank == 1:
+            raise OSError("Stale file handle")
+        set_up(stage)
+
+    monkeypatch.setattr(data._stages, "set_up", failing)
+
+    def fit() -> tuple[str, str]:
+        trainer = L.Trainer(
+            accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+        )  # fmt: skip
+        try:
+            trainer.fit(Recorder(), datamodule=data)
+        except (OSError, RankError) as error:
+            return type(error).__name__, str(error)
+        return "trained", ""
+
+    ends = run_ranks(tmp_path / "ranks", fit)
+    assert ends == [("RankError", "Rank 1 failed: OSError: Stale file handle"), ("OSError", "Stale file handle")]

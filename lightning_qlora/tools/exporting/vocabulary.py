@@ -9,17 +9,9 @@ from typing import Any, NamedTuple
 from gguf import GGUFWriter, TokenType
 from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Vocabulary", "read_vocabulary", "write_vocabulary"]
+from lightning_qlora.text_splitting import name_of_splitting
 
-# The regular expressions by which tokenizers split text before merging, and llama.cpp's names for them; the first
-# name is for tokenizers that look a whole piece up before they merge (ignore_merges), the second for the others.
-_LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_SPLITS: dict[str, tuple[str | None, str | None]] = {
-    rf"{_CONTRACTIONS}|{_LETTERS}|\p{{N}}{{1,3}}|{_REST}": ("llama-bpe", "smaug-bpe"),
-    rf"{_CONTRACTIONS}|{_LETTERS}|\p{{N}}|{_REST}": (None, "qwen2"),
-}
+__all__ = ["Vocabulary", "read_vocabulary", "write_vocabulary"]
 
 
 class Vocabulary(NamedTuple):
@@ -111,23 +103,10 @@ def _tokens(rules: dict[str, Any], model: dict[str, Any], vocab_size: int) -> tu
 
 
 def _pre_tokenizer(rules: dict[str, Any]) -> str:
-    """Recognise how a byte-level tokenizer splits text; the steps, not a name, decide."""
-    pre = rules["pre_tokenizer"] or {}
-    steps = pre["pretokenizers"] if pre.get("type") == "Sequence" else [pre]
-    kinds = [step.get("type") for step in steps]
-    if kinds[-1] != "ByteLevel" or steps[-1]["add_prefix_space"]:
-        raise ValueError(_no_equivalent(f"A tokenizer that splits by {' + '.join(map(str, kinds))}"))
-    own_regex = steps[-1].get("use_regex", True)
-    if kinds == ["ByteLevel"] and own_regex:
-        return "gpt-2"
-    if kinds == ["Digits", "ByteLevel"] and own_regex and steps[0]["individual_digits"]:
-        return "smollm"
-    if kinds == ["Split", "ByteLevel"] and not own_regex and steps[0]["behavior"] == "Isolated":
-        names = _SPLITS.get(steps[0]["pattern"].get("Regex", ""), (None, None))
-        name = names[0] if rules["model"].get("ignore_merges") else names[1]
-        if name is not None and not steps[0].get("invert"):
-            return name
-    raise ValueError(_no_equivalent(f"A tokenizer that splits by {json.dumps(steps)[:200]}"))
+    name = name_of_splitting(rules)
+    if name is None:
+        raise ValueError(_no_equivalent(f"A tokenizer that splits by {json.dumps(rules['pre_tokenizer'])[:200]}"))
+    return name
 
 
 def _sentencepiece(rules: dict[str, Any]) -> str:
