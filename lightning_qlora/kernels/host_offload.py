@@ -100,7 +100,11 @@ class HostOffload:
         return _View(moved, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 
     def _is_worth_it(self, tensor: Tensor) -> bool:
-        if tensor.nbytes < max(1, self.least_bytes) or not tensor.is_floating_point():
+        if (
+            type(tensor) is not Tensor or not tensor.is_floating_point()
+        ):  # parameters, parts of sharded tensors; indices
+            return False
+        if tensor.nbytes < max(1, self.least_bytes):
             return False
         if not (tensor.device.type in ("cuda", "meta") or self.everywhere):
             return False

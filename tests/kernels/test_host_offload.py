@@ -225,6 +225,17 @@ def test_small_tensors_indices_and_slices_of_large_ones_stay():
     assert offload.moved_bytes == 0
 
 
+def test_tensors_of_other_classes_stay():
+    class Other(torch.Tensor):
+        pass
+
+    offload = HostOffload(everywhere=True, least_bytes=1)
+    x = torch.randn(ROWS, WIDTH).as_subclass(Other).requires_grad_()
+    offload(lambda x: x.sin().sum(), x).backward()
+    assert offload.moved_bytes == 0
+    torch.testing.assert_close(x.grad.as_subclass(torch.Tensor), x.detach().cos().as_subclass(torch.Tensor))
+
+
 def test_the_source_of_a_tensor_is_kept_in_its_place(monkeypatch):
     """A source as norms have it, here of plain arithmetic."""
     calls = []
