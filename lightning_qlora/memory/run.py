@@ -59,19 +59,13 @@ def choose_plan(trainer: L.Trainer, model: PeftModel, optimizers: Sequence[Optim
     num_tokens = most_tokens(getattr(trainer, "datamodule", None))
     if num_tokens is None:
         return PlanChoice("full", "how many tokens a batch has is not known of this data module")
-    device = trainer.strategy.root_device
     try:
         memory = memory_of_run(trainer, model, optimizers)
-        free = free_memory(device)
-        if trainer.world_size > 1:
-            free = _smallest(trainer, free)
-        if device.type == "cuda":
-            budget = int((1 - _GAPS) * (free + torch.cuda.memory_reserved(device))) - _WORKSPACES
-            host = int(_HOST_SHARE * free_memory(torch.device("cpu"))) // trainer.num_devices
-            plans = _LINKED_PLANS if _link_keeps_up(trainer, memory, num_tokens) else _GPU_PLANS
-        else:
-            held = memory.weights + memory.adapters  # on the device already, so not among what is free
-            budget, host, plans = int((1 - _GAPS) * free) + held, 0, _CPU_PLANS
+        budget, host = _budgets(trainer, memory)
+        plans = _CPU_PLANS
+        if trainer.strategy.root_device.type == "cuda":
+            all_fits = memory.estimate(num_tokens).peak <= budget  # then the link does not matter
+            plans = _LINKED_PLANS if all_fits or _link_keeps_up(trainer, memory, num_tokens) else _GPU_PLANS
         found = memory.fitting_plan(num_tokens, budget, plans=plans, mixed=True, host_budget=host)
         best = found or memory.estimate(num_tokens, plan=plans[-1])
     except SimulationError as error:
@@ -80,6 +74,20 @@ def choose_plan(trainer: L.Trainer, model: PeftModel, optimizers: Sequence[Optim
     if found is None:
         verdict += ", which is more than there is: lower data.tokens_per_batch or data.max_length if memory runs out"
     return PlanChoice(best.plan, verdict, best)
+
+
+def _budgets(trainer: L.Trainer, memory: MemoryModel) -> tuple[int, int]:
+    """Return the bytes that may be taken of the device, and those that may wait on the host, the same on all ranks."""
+    device = trainer.strategy.root_device
+    if device.type == "cuda":
+        budget = int((1 - _GAPS) * (free_memory(device) + torch.cuda.memory_reserved(device))) - _WORKSPACES
+        host = int(_HOST_SHARE * free_memory(torch.device("cpu"))) // trainer.num_devices
+    else:
+        held = memory.weights + memory.adapters  # on the device already, so not among what is free
+        budget, host = int((1 - _GAPS) * free_memory(device)) + held, 0
+    if trainer.world_size > 1:
+        budget, host = _smallest(trainer, budget), _smallest(trainer, host)
+    return budget, host
 
 
 def _link_keeps_up(trainer: L.Trainer, memory: MemoryModel, num_tokens: int) -> bool:

@@ -116,6 +116,33 @@ def test_the_link_is_asked_for_all_that_a_step_moves(memory, monkeypatch):
     assert asked == [True] * 3
 
 
+@pytest.mark.parametrize("slow_link", [False, True])
+def test_on_gpus_all_ranks_share_both_budgets_and_the_link_is_measured_where_it_matters(memory, monkeypatch, slow_link):
+    class Run:
+        world_size, num_devices = 4, 2
+        datamodule = Data(tokens_per_batch=TOKENS)
+        strategy = Data(root_device=torch.device("cuda"))
+
+    free, measured = {"cuda": 0, "cpu": 2**40}, []
+    monkeypatch.setattr(run_module, "memory_of_run", lambda *_: memory)
+    monkeypatch.setattr(run_module, "free_memory", lambda device: free[device.type])
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr(run_module, "_smallest", lambda trainer, nbytes: nbytes // 2)  # another rank has half as much
+    monkeypatch.setattr(run_module, "_link_keeps_up", lambda *_: measured.append(1) or not slow_link)
+
+    def choose(plan, host=2**40):
+        needed = memory.estimate(TOKENS, plan=plan).peak + run_module._WORKSPACES
+        free["cuda"], free["cpu"] = 2 * int((needed + 2**20) / 0.95), host
+        return choose_plan(Run(), None, []).plan
+
+    assert run_module._budgets(Run(), memory)[1] == 2**40 // 8  # half of it, of two ranks a host, and of the least
+    assert choose("none") == "none"
+    assert not measured
+    assert ("selective_offload" in str(choose("selective_offload"))) != slow_link
+    assert measured
+    assert choose("full", host=0) == "full"
+
+
 def test_limits_of_a_control_group(tmp_path):
     assert _left_in_group(tmp_path) == 2**62
     (tmp_path / "memory.current").write_text("300\n")
