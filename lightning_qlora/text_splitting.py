@@ -63,9 +63,10 @@ def restore_splitting(tokenizer: Tokenizer, name: str) -> bool:
         return True
     if name == "smollm":
         tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
-    elif name in _REGEXES:
-        regex, unmerged = _REGEXES[name]
-        split = Split(Regex(regex), "isolated")
-        tokenizer.pre_tokenizer = Sequence([split, ByteLevel(add_prefix_space=False, use_regex=False)])
-        tokenizer.model.ignore_merges = unmerged
-    return name == "smollm" or name in _REGEXES
+        return True
+    if name not in _REGEXES:
+        return False
+    regex, tokenizer.model.ignore_merges = _REGEXES[name]
+    split = Split(Regex(regex), "isolated")
+    tokenizer.pre_tokenizer = Sequence([split, ByteLevel(add_prefix_space=False, use_regex=False)])
+    return True

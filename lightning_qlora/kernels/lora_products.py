@@ -76,7 +76,7 @@ def cheaper_ways(width: int, widths: Sequence[int]) -> Ways:
 
 
 # As operators, which cost the host more than the products of a small layer cost the device, only where someone looks at
-# operators: torch.compile, selective checkpointing, a count of memory. Otherwise as functions of autograd.
+# operators: torch.compile, a count of memory. Otherwise as functions of autograd.
 
 
 def _are_operators_wanted() -> bool:

@@ -241,10 +241,10 @@ class MemoryModel:
         few = run(first)
         kept = host = 0
         for kind in self._kinds:
-            if others := len(kind) - least:
-                more = run(sorted([*first, kind[least]])) if others > 0 else few
-                kept += others * (more.kept - few.kept)
-                host += others * (more.host - few.host)
+            if (alike := len(kind) - least) > 0:
+                more = run(sorted([*first, kind[least]]))
+                kept += alike * (more.kept - few.kept)
+                host += alike * (more.host - few.host)
         num_layers = sum(map(len, self._kinds))
         others = max(1, num_layers - len(first))
         return _Steps(few, few.with_layers(kept, host), kept // others, host // others, num_layers)

@@ -13,6 +13,7 @@ from tiny_models import random_batch, save_tiny_model
 from transformers import BitsAndBytesConfig
 
 from lightning_qlora.kernels import lora_products
+from lightning_qlora.kernels.checkpointing import PLANS
 from lightning_qlora.kernels.dequantization import constants_of
 from lightning_qlora.kernels.lora import FusedLinear4bit, fuse_lora, fuse_lora_if_equal, is_fused
 from lightning_qlora.model import attach_adapters, load_base_model, save_adapter, set_activation_checkpointing
@@ -179,7 +180,7 @@ def test_recomputation_ends_before_the_last_product(tmp_path, family, linears, r
     assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
 
 
-@pytest.mark.parametrize("plan", ["none", "full", "offload"])  # torch's selective checkpoint refuses a second pass
+@pytest.mark.parametrize("plan", PLANS)
 def test_a_graph_that_is_retained_gives_its_gradients_twice(tmp_path, plan):
     model = build(tmp_path, dtype=torch.bfloat16)
     fuse_lora(model)
