@@ -140,7 +140,7 @@ def test_on_gpus_all_ranks_share_both_budgets_and_the_link_is_measured_where_it_
     assert not measured
     assert ("selective_offload" in str(choose("selective_offload"))) != slow_link
     assert measured
-    assert choose("full", host=0) == "full"
+    assert "offload" not in str(choose("full", host=0))
 
 
 def test_limits_of_a_control_group(tmp_path):
