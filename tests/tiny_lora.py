@@ -9,10 +9,15 @@ from peft import LoraConfig
 from tiny_models import random_batch, save_tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_qlora.kernels import lora_products
+from lightning_qlora.kernels.lora import fuse_lora
 from lightning_qlora.model import attach_adapters, load_base_model
 
+RULES = ("test_schema", "test_autograd_registration", "test_faketensor")
+"""What is asked of an operator."""
 
-def build(folder, family="llama", dtype=torch.float32, quantization="nf4", num_hidden_layers=2, **options):
+
+def build(folder, family="llama", dtype=torch.float32, quantization="nf4", num_hidden_layers=2, seed=1, **options):
     path = folder / family
     if not path.exists():
         save_tiny_model(path, family, num_hidden_layers=num_hidden_layers)
@@ -20,12 +25,12 @@ def build(folder, family="llama", dtype=torch.float32, quantization="nf4", num_h
     defaults = {"r": 4, "lora_alpha": 12, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     base = load_base_model(str(path), dtype=dtype, quantization=quantization)
     model = attach_adapters(base, LoraConfig(**{**defaults, **options}))
-    scramble(model)
+    scramble(model, seed)
     return model
 
 
-def scramble(model):
-    generator = torch.Generator().manual_seed(1)
+def scramble(model, seed=1):
+    generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
@@ -41,10 +46,12 @@ class FusedCalls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def step(model, autocast=None):
+def step(model, autocast=None, looked_at=True):
+    """Logits and gradients of one batch, and the calls of the fused operator; unless looked at, there are none."""
     batch = random_batch((9, 14))
     context = nullcontext() if autocast is None else torch.autocast("cpu", autocast)
-    with FusedCalls() as calls:
+    calls = FusedCalls()
+    with calls if looked_at else nullcontext():
         with context:
             logits = model(input_ids=batch["input_ids"], use_cache=False).logits
         torch.nn.functional.cross_entropy(logits[0].float(), batch["input_ids"][0]).backward()
@@ -56,6 +63,24 @@ def step(model, autocast=None):
 def distance(one, two):
     one, two = one.detach().double(), two.detach().double()
     return float((one - two).norm() / two.norm())
+
+
+def assert_as_near_to_float32(folder, most, **options):
+    """Assert that in bfloat16 fused gradients are about as far from float32's as PEFT's: what is rounding is random."""
+    distances = []
+    for seed in range(8):
+        exact = step(build(folder, seed=seed, **options))
+        model = build(folder, dtype=torch.bfloat16, seed=seed, **options)
+        plain = step(model, torch.bfloat16)
+        fuse_lora(model)
+        fused = step(model, torch.bfloat16)
+        assert fused[2] == 8
+        assert all(g.dtype is torch.float32 for g in fused[1].values())
+        whole, expected, exact = (torch.cat([g.flatten() for g in s[1].values()]) for s in (fused, plain, exact))
+        assert torch.cosine_similarity(whole, expected, 0) >= 0.999
+        distances.append((distance(whole, exact), distance(expected, exact)))
+    ours, pefts = map(sum, zip(*distances, strict=True))
+    assert ours <= most * pefts
 
 
 def assert_equal_steps(one, two, tolerance):
@@ -102,3 +127,15 @@ class Dequantised(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.count += str(func).startswith("lightning_qlora.stack_4bit")
         return func(*args, **(kwargs or {}))
+
+
+def check_operators(x, weights, constants, a, b, scales, *, inside):
+    """Ask torch whether the operators of a group of NF4 weights keep its rules."""
+    stored = 64, "nf4", inside
+    torch.library.opcheck(lora_products._pack_adapters, (a, b, scales, torch.float32), test_utils=RULES)
+    packed = lora_products._pack_adapters(*([p.detach() for p in each] for each in (a, b)), scales, torch.float32)
+    arguments = (x, weights, constants, a, b, *packed, scales, *stored, "", [], [])
+    torch.library.opcheck(lora_products._lora_low, arguments, test_utils=RULES)
+    low, *shapes = lora_products._lora_low(*arguments)
+    arguments = (x, low, shapes, weights, constants, [], packed[1], [each.shape[0] for each in b], *stored)
+    torch.library.opcheck(lora_products._lora_products, arguments, test_utils=RULES)

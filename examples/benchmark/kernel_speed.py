@@ -24,7 +24,7 @@ from cases import SHAPES
 from torch import Tensor
 
 from lightning_qlora.kernels.dequantization import constants_of, dequantize_into, is_fast
-from lightning_qlora.kernels.lora_products import cheaper_ways
+from lightning_qlora.kernels.lora_products import cheaper_ways, lora_low, lora_products, pack_adapters
 
 BLOCKSIZE, QUANT_TYPE = 64, "nf4"
 
@@ -151,15 +151,11 @@ def dequantisation_table(options: argparse.Namespace, clock: Clock) -> list[str]
 
 
 def run_forward(weights: Weights, scales: list[float], forward: bool, backward: bool) -> list[Tensor]:
-    stored = scales, BLOCKSIZE, QUANT_TYPE
-    operators = torch.ops.lightning_qlora
-    low, *shapes = operators.lora_low(
-        weights.x, weights.packed, weights.constants, weights.a, weights.b, *stored, backward, "", [], []
-    )
-    outputs: list[Tensor] = operators.lora_products(
-        weights.x, low, shapes, weights.packed, weights.constants, [], weights.b, *stored, forward
-    )
-    return outputs
+    stored, heights = (BLOCKSIZE, QUANT_TYPE), [each.shape[0] for each in weights.b]
+    packed = pack_adapters(weights.a, weights.b, scales, weights.x.dtype)
+    base = weights.packed, weights.constants
+    low, *shapes = lora_low(weights.x, *base, weights.a, weights.b, *packed, scales, *stored, backward, "", [], [])
+    return list(lora_products(weights.x, low, shapes, *base, [], packed[1], heights, *stored, forward))
 
 
 def group_row(group: Group, options: argparse.Namespace, clock: Clock) -> str:

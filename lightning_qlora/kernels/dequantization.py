@@ -17,6 +17,7 @@ import torch
 from bitsandbytes.functional import QuantState
 from torch import Tensor
 
+from lightning_qlora.kernels.launching import on_device_of
 from lightning_qlora.kernels.self_check import first_line, may_be_used
 
 triton_dequantize: Any
@@ -73,11 +74,10 @@ def dequantize_into(out: Tensor, packed: Tensor, constants: Sequence[Tensor], bl
         blocksize: Values that share a constant.
         quant_type: ``nf4`` or ``fp4``.
     """
-    packed = packed.detach()
     if is_fast(out, constants, blocksize, quant_type):
         _write(out, packed, constants, blocksize, quant_type)
         return
-    out.copy_(bnb.dequantize_4bit(packed, quant_state(constants, out.shape, blocksize, quant_type, out.dtype)))
+    out.copy_(bnb.dequantize_4bit(packed.detach(), quant_state(constants, out.shape, blocksize, quant_type, out.dtype)))
 
 
 def is_fast(out: Tensor, constants: Sequence[Tensor], blocksize: int, quant_type: str) -> bool:
@@ -93,9 +93,9 @@ def has_kernel(device: torch.device, dtype: torch.dtype, blocksize: int, quant_t
 
 def _write(out: Tensor, packed: Tensor, constants: Sequence[Tensor], blocksize: int, quant_type: str) -> None:
     assert triton_dequantize is not None
-    flat = packed.reshape(-1).view(torch.uint8)
-    with torch.cuda.device_of(out):  # Triton launches on the current device
-        triton_dequantize(out, flat, constants, _values(quant_type, out.device), blocksize, NESTED_BLOCK)
+    stored = packed if packed.dtype is torch.uint8 else packed.view(torch.uint8)
+    with on_device_of(out):
+        triton_dequantize(out, stored, constants, _values(quant_type, out.device), blocksize, NESTED_BLOCK)
 
 
 @cache

@@ -62,7 +62,7 @@ def dequantize(
 
     Args:
         out: (rows, width); the elements of a row lie side by side.
-        packed: (ceil(rows * width / 2),) uint8.
+        packed: ceil(rows * width / 2) uint8 of any shape, one after another.
         constants: The blocks' constants; if these are quantised too, also their offset, constants and values.
         code: (16,) float32, the values of the 4-bit type.
         blocksize: Values that share a constant.

@@ -26,6 +26,7 @@ from torch.autograd.graph import increment_version
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
+from lightning_qlora.kernels.launching import on_device_of
 from lightning_qlora.kernels.self_check import first_line, in_clean_thread, may_be_used
 
 triton_kernels: Any
@@ -90,7 +91,7 @@ class _RMSNorm(torch.autograd.Function):
         x_RD = x.reshape(-1, x.shape[-1]).contiguous()
         y_RD, inverse_R = torch.empty_like(x_RD), x_RD.new_empty(x_RD.shape[0], dtype=torch.float32)
         if x.device.type != "meta":
-            with torch.cuda.device_of(x):
+            with on_device_of(x):
                 triton_kernels.normalise(x_RD, weight, y_RD, inverse_R, eps, centred)
         ctx.save_for_backward(x_RD, weight, inverse_R)
         ctx.centred = centred
@@ -103,7 +104,7 @@ class _RMSNorm(torch.autograd.Function):
         of_x = torch.empty_like(x_RD)
         gradient_RD = gradient.reshape(x_RD.shape).contiguous()
         if of_x.device.type != "meta":
-            with torch.cuda.device_of(of_x):
+            with on_device_of(of_x):
                 triton_kernels.normalise_backward(gradient_RD, x_RD, weight, inverse_R, of_x, ctx.centred)
         return of_x.view(gradient.shape), None, None, None
 
@@ -116,7 +117,7 @@ class _GatedActivation(torch.autograd.Function):
         ctx.tanh = tanh
         y = torch.empty_like(gate)
         if y.device.type != "meta":
-            with torch.cuda.device_of(y):
+            with on_device_of(y):
                 triton_kernels.activate(gate, up, y, tanh)
         return y
 
@@ -127,7 +128,7 @@ class _GatedActivation(torch.autograd.Function):
         gradient = gradient.contiguous()
         # Written over what nobody needs any more: these are the largest tensors of a layer.
         if gate.device.type != "meta":
-            with torch.cuda.device_of(gate):
+            with on_device_of(gate):
                 triton_kernels.activate_backward(gradient, gate, up, gate, up, ctx.tanh)
         increment_version((gate, up))  # whoever does need them, in a second backward pass, is told
         return gate, up, None
@@ -153,7 +154,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
     batch, heads, length, head_dim = x.shape
     y = x.new_empty(batch, length, heads, head_dim).transpose(1, 2)  # as attention wants it
     if y.device.type != "meta":
-        with torch.cuda.device_of(y):
+        with on_device_of(y):
             triton_kernels.rotate(x, cos, sin, y, backward)
     return y
 

@@ -64,7 +64,7 @@ class HostOffload:
         self._here: weakref.WeakSet[_Moved] = weakref.WeakSet()  # on the device, or on their way to it
         self._known: weakref.WeakKeyDictionary[torch.UntypedStorage, _Moved] = weakref.WeakKeyDictionary()
         self._last: weakref.ref[_Moved] | None = None
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._streams: dict[int, torch.cuda.Stream] = {}
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call a layer, or what recomputes it."""
@@ -72,11 +72,11 @@ class HostOffload:
         with saved_tensors_hooks(self._pack, self._unpack):
             return function(*args)
 
-    def stream(self, device: torch.device) -> torch.cuda.Stream:
-        """Return the stream of the copies from and to a device."""
-        if device not in self._streams:
-            self._streams[device] = torch.cuda.Stream(device)
-        return self._streams[device]
+    def stream(self, gpu: int) -> torch.cuda.Stream:
+        """Return the stream of the copies from and to a GPU."""
+        if gpu not in self._streams:
+            self._streams[gpu] = torch.cuda.Stream(gpu)
+        return self._streams[gpu]
 
     def _pack(self, tensor: Tensor) -> Any:
         source = source_of(tensor)
@@ -173,6 +173,7 @@ class _Moved:
         self.uses = 0
         """How often it was saved, and has not been asked for since."""
         self.device, self.dtype, self.version = tensor.device, tensor.dtype, tensor._version
+        self.gpu = tensor.get_device()  # a number: torch takes its time to make one of a device
         self.has_left = False
         self.nbytes = tensor.untyped_storage().nbytes()
         numel = self.nbytes // tensor.itemsize
@@ -187,8 +188,8 @@ class _Moved:
         if self.device.type != "cuda":
             target.copy_(source)
             return
-        stream = self.owner.stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))  # source is computed, and target's memory is free
+        stream = self.owner.stream(self.gpu)
+        stream.wait_stream(torch.cuda.current_stream(self.gpu))  # source is computed, and target's memory is free
         with torch.cuda.stream(stream):
             target.copy_(source, non_blocking=True)
             self.copied = stream.record_event()
@@ -196,7 +197,7 @@ class _Moved:
     def _wait(self) -> None:
         """Let the compute stream, not the host, wait for the copy."""
         if self.copied is not None:
-            torch.cuda.current_stream(self.device).wait_event(self.copied)
+            torch.cuda.current_stream(self.gpu).wait_event(self.copied)
             self.copied = None
 
     def leave(self) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from bitsandbytes.functional import QuantState
@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_qlora.kernels.dequantization import NESTED_BLOCK, constants_of
 from lightning_qlora.kernels.elementwise import source_of
-from lightning_qlora.kernels.lora_products import choose_ways, lora_low, lora_products
+from lightning_qlora.kernels.lora_products import choose_ways, lora_low, lora_products, pack_adapters
 from lightning_qlora.kernels.self_check import in_clean_thread
 
 __all__ = ["FusedLinear4bit", "fuse_lora", "fuse_lora_if_equal", "is_fused"]
@@ -112,9 +112,11 @@ def _compare(layer: FusedLinear4bit) -> str | None:
     weights = [torch.randn(_CHECKED_TOKENS, width, generator=generator).to(device, dtype) for width in widths]
     found = []
     with torch.enable_grad(), torch.autocast(device.type, dtype, enabled=dtype != adapters[0].dtype):
-        if not all(member.is_plain(x) for member in members):  # never fused together
+        arithmetic = _Arithmetic.of(x)
+        plain = [arithmetic is not None and member.is_plain(arithmetic) for member in members]
+        if not all(plain):  # never fused together
             members, adapters, weights = members[:1], adapters[:2], weights[:1]
-        if not members[0].is_plain(x):  # never fused, so never wrong
+        if not plain[0]:  # never fused, so never wrong
             return None
         for forward in (FusedLinear4bit.forward, Linear4bit.forward):
             outputs = [forward(member, x) for member in members]
@@ -150,37 +152,83 @@ class FusedLinear4bit(Linear4bit):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Compute base and adapter; as PEFT does, unless it is plain LoRA in training."""
-        if not (args or kwargs) and self.fused_group.has(self.fused_index, x):
-            return self.fused_group.take(self.fused_index)
-        if args or kwargs or not self.is_plain(x):
-            output: Tensor = super().forward(x, *args, **kwargs)
-            return output
-        return self.fused_group(self.fused_index, x)
+        if not (args or kwargs):
+            group = self.fused_group
+            if group.has(self.fused_index, x):
+                return group.take(self.fused_index)
+            arithmetic = _Arithmetic.of(x)
+            if arithmetic is not None and self.is_plain(arithmetic):
+                return group(self.fused_index, x, arithmetic)
+        output: Tensor = super().forward(x, *args, **kwargs)
+        return output
 
-    def is_plain(self, x: Tensor) -> bool:
-        """Whether this call is one adapter's plain LoRA, in training, with all in the dtype of the products."""
-        if not (self.training and torch.is_grad_enabled()) or self.disable_adapters or self.merged_adapters:
-            return False
+    def is_plain(self, arithmetic: _Arithmetic) -> bool:
+        """Whether this is one adapter's plain LoRA, in training, with all in the dtype of the products."""
         active = self.active_adapters
-        if len(active) != 1 or active[0] not in self.lora_A or active[0] in self.lora_variant:
+        if not self.training or self.disable_adapters or self.merged_adapters or len(active) != 1:
             return False
-        name, base = active[0], cast(Any, self.base_layer)
-        a, b = cast(Any, self.lora_A[name]), cast(Any, self.lora_B[name])
+        parts: Any = _Parts.of(self, active[0])
+        if parts is None:
+            return False
+        base, a, b, dropout = parts
+        dtype, bias = arithmetic.dtype, _parameter(base, "bias")
+        weight_a, weight_b = _parameter(a, "weight"), _parameter(b, "weight")
+        return (
+            (arithmetic.mixed or weight_a.dtype == weight_b.dtype == dtype)
+            and base.compute_dtype in (None, dtype)
+            and type(dropout) is nn.Identity
+            and (type(a), type(b)) == (nn.Linear, nn.Linear)
+            and _parameter(a, "bias") is None
+            and _parameter(b, "bias") is None
+            and (bias is None or not bias.requires_grad)
+            and not isinstance(weight_a, DTensor)
+            and not getattr(_state_of(base), "packing_format_for_cpu", False)
+        )
+
+
+class _Arithmetic(NamedTuple):
+    """What a call's products are made in.
+
+    Attributes:
+        dtype: Of the input and the products.
+        mixed: Whether autocast brings adapters into it.
+    """
+
+    dtype: torch.dtype
+    mixed: bool
+
+    @classmethod
+    def of(cls, x: Tensor) -> _Arithmetic | None:
+        """Return them for an input that is trained on in its own dtype."""
+        if not torch.is_grad_enabled():
+            return None
         kind = "cuda" if x.device.type == "meta" else x.device.type  # a simulation of a GPU
         mixed = torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if mixed else x.dtype
-        return (
-            x.dtype == dtype
-            and (mixed or a.weight.dtype == b.weight.dtype == dtype)
-            and base.compute_dtype in (None, dtype)
-            and type(self.lora_dropout[name]) is nn.Identity
-            and (type(a), type(b)) == (nn.Linear, nn.Linear)
-            and a.bias is None
-            and b.bias is None
-            and (base.bias is None or not base.bias.requires_grad)
-            and not isinstance(a.weight, DTensor)
-            and not getattr(_state_of(base), "packing_format_for_cpu", False)
-        )
+        return cls(dtype, mixed) if x.dtype == dtype else None
+
+
+class _Parts(NamedTuple):
+    """The modules of a layer and its adapter."""
+
+    base: Any
+    a: Any
+    b: Any
+    dropout: Any
+
+    @classmethod
+    def of(cls, layer: Any, name: str) -> _Parts | None:
+        """Return them where the adapter is of no variant, by the dictionaries they are in.
+
+        ``nn.Module.__getattr__`` takes longer than all the rest of asking.
+        """
+        modules = layer._modules
+        if name in layer.lora_variant:
+            return None
+        a = modules["lora_A"]._modules.get(name)
+        if a is None:
+            return None
+        return cls(modules["base_layer"], a, modules["lora_B"]._modules[name], modules["lora_dropout"]._modules[name])
 
 
 class _Group:
@@ -206,8 +254,8 @@ class _Group:
             self.input = None
         return output
 
-    def __call__(self, index: int, x: Tensor) -> Tensor:
-        together = all(member.is_plain(x) for member in self.members if member is not self.members[index])
+    def __call__(self, index: int, x: Tensor, arithmetic: _Arithmetic) -> Tensor:
+        together = all(member.is_plain(arithmetic) for member in self.members if member is not self.members[index])
         wanted = range(len(self.members)) if together else [index]
         outputs = dict(zip(wanted, _products(x, [self.members[i] for i in wanted]), strict=True))
         output = outputs.pop(index)
@@ -217,23 +265,29 @@ class _Group:
 
 def _products(x: Tensor, members: Sequence[Any]) -> list[Tensor]:
     names = [member.active_adapters[0] for member in members]
-    states = [_state_of(member.base_layer) for member in members]
+    parts = [cast(_Parts, _Parts.of(member, name)) for member, name in zip(members, names, strict=True)]
+    states = [_state_of(each.base) for each in parts]
+    with torch._C.DisableTorchFunctionSubclass():  # bitsandbytes looks at each use of its parameters
+        weights = [_parameter(each.base, "weight").detach() for each in parts]
     x_TD = x.reshape(-1, x.shape[-1])
-    weights = [member.base_layer.weight for member in members]
     constants = [tensor for state in states for tensor in constants_of(state)]
-    biases = [member.base_layer.bias for member in members if member.base_layer.bias is not None]
-    a = [member.lora_A[name].weight for member, name in zip(members, names, strict=True)]
-    b = [member.lora_B[name].weight for member, name in zip(members, names, strict=True)]
+    biases = [bias for bias in [_parameter(each.base, "bias") for each in parts] if bias is not None]
+    a, b = [_parameter(each.a, "weight") for each in parts], [_parameter(each.b, "weight") for each in parts]
     scales = [float(member.scaling[name]) for member, name in zip(members, names, strict=True)]
-    stored = scales, states[0].blocksize, states[0].quant_type
-    ways = choose_ways(x_TD, [each.shape[0] for each in a], [each.shape[0] for each in b], constants, *stored[1:])
+    heights, stored = [each.shape[0] for each in b], (states[0].blocksize, states[0].quant_type)
+    ways = choose_ways(x_TD, [each.shape[0] for each in a], heights, constants, *stored)
+    packed = pack_adapters(a, b, scales, x.dtype)
     source = source_of(x) or ("", [], [])
-    low, *shapes = lora_low(x_TD, weights, constants, a, b, *stored, ways.backward, *source)
-    outputs = lora_products(x_TD, low, shapes, weights, constants, biases, b, *stored, ways.forward)
+    low, *shapes = lora_low(x_TD, weights, constants, a, b, *packed, scales, *stored, ways.backward, *source)
+    outputs = lora_products(x_TD, low, shapes, weights, constants, biases, packed[1], heights, *stored, ways.forward)
     return [output.view(*x.shape[:-1], output.shape[-1]) for output in outputs]
+
+
+def _parameter(module: nn.Module, name: str) -> Any:
+    return module._parameters[name]
 
 
 def _state_of(base: Any) -> QuantState:
     """Return what dequantises a layer's weight; a weight that was gathered from its shards has lost it."""
-    state: QuantState = getattr(base.weight, "quant_state", None) or base.quant_state
+    state: QuantState = getattr(_parameter(base, "weight"), "quant_state", None) or base.quant_state
     return state

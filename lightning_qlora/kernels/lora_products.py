@@ -1,6 +1,8 @@
 """The operators of fused LoRA: one input, several 4-bit weights, and their adapters.
 
-There are two. :func:`lora_low` multiplies the input with all A and keeps what the backward pass needs;
+There are three. :func:`pack_adapters` brings a group's adapters into one matrix of all A and one of all B, in the dtype
+of the products, for forward and backward: an adapter is small, and a kernel for each cast of each would take the host
+longer than the device. :func:`lora_low` multiplies the input with all A and keeps what the backward pass needs;
 :func:`lora_products` makes the products with the weights and keeps nothing. A checkpointed layer is recomputed until
 all is there that its backward pass needs, so the product that ends the layer is not made again.
 
@@ -24,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from lightning_qlora.kernels.dequantization import dequantize_into, has_kernel, is_fast, quant_state
 from lightning_qlora.kernels.elementwise import Source
 
-__all__ = ["Ways", "choose_ways", "lora_low", "lora_products"]
+__all__ = ["Ways", "choose_ways", "lora_low", "lora_products", "pack_adapters"]
 
 _ALIGNMENT = 8  # elements; matrix products are fast where rows begin at multiples of 16 bytes
 _FEW_TOKENS = 1536  # up to here bitsandbytes has products that dequantise nothing
@@ -113,6 +115,16 @@ class _Products(torch.autograd.Function):
         return (None, None, None, *gradients)
 
 
+def pack_adapters(
+    a: Sequence[Tensor], b: Sequence[Tensor], scales: Sequence[float], dtype: torch.dtype
+) -> list[Tensor]:
+    """Call :func:`_pack`."""
+    with torch.no_grad():
+        if _are_operators_wanted():
+            return torch.ops.lightning_qlora.pack_adapters(a, b, scales, dtype)  # type: ignore[no-any-return]
+        return _pack(a, b, scales, dtype)
+
+
 def lora_low(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -136,12 +148,49 @@ def lora_products(x: Tensor, low: Tensor, shapes: Sequence[Tensor], *others: Any
     return apply(x, low, others, *shapes)  # type: ignore[no-any-return]
 
 
+def _pack(a: Sequence[Tensor], b: Sequence[Tensor], scales: Sequence[float], dtype: torch.dtype) -> list[Tensor]:
+    """Copy a group's adapters into two matrices of the products' dtype.
+
+    Args:
+        a: (rank_i, in) each.
+        b: (out_i, rank_i) each.
+        scales: Factors on the adapters' products.
+        dtype: Of the products.
+
+    Returns:
+        (sum of ranks, in), all A below one another; and (sum of out, sum of ranks), each B, times its factor, in rows
+        and columns of its own, and zeros elsewhere.
+    """
+    ranks, heights = [each.shape[0] for each in a], [each.shape[0] for each in b]
+    a_RI = a[0].new_empty(sum(ranks), a[0].shape[1], dtype=dtype)
+    allocate = a_RI.new_empty if len(b) == 1 else a_RI.new_zeros
+    b_OR = allocate(sum(heights), sum(ranks))
+    torch._foreach_copy_(a_RI.split_with_sizes(ranks), list(a))
+    start = 0
+    for rows, each, scale in zip(b_OR.split_with_sizes(heights), b, scales, strict=True):
+        torch.mul(each, scale, out=rows.narrow(1, start, each.shape[1]))
+        start += each.shape[1]
+    return [a_RI, b_OR]
+
+
+_pack_adapters = torch.library.custom_op("lightning_qlora::pack_adapters", _pack, mutates_args=())
+
+
+@_pack_adapters.register_fake
+def _(a: Sequence[Tensor], b: Sequence[Tensor], scales: Sequence[float], dtype: torch.dtype) -> list[Tensor]:
+    rank = sum(each.shape[0] for each in a)
+    shapes = (rank, a[0].shape[1]), (sum(each.shape[0] for each in b), rank)
+    return [a[0].new_empty(shape, dtype=dtype) for shape in shapes]
+
+
 def _low(
     x: Tensor,
     weights: Sequence[Tensor],
     constants: Sequence[Tensor],
     a: Sequence[Tensor],
     b: Sequence[Tensor],
+    a_RI: Tensor,
+    b_OR: Tensor,
     scales: Sequence[float],
     blocksize: int,
     quant_type: str,
@@ -158,6 +207,8 @@ def _low(
         constants: Of :func:`constants_of`, one weight's after another's.
         a: (rank_i, in) each.
         b: (out_i, rank_i) each.
+        a_RI: Both of :func:`_pack`.
+        b_OR: The other.
         scales: Factors on the adapters' products.
         blocksize: Values of ``W_i`` that share a constant.
         quant_type: Of bitsandbytes.
@@ -171,7 +222,7 @@ def _low(
         (T, sum of ranks), the input's product with all A; and for each weight one element, of any value, in the shape
         (T, out_i) of its output. Through these the outputs' gradients come here, where all are formed at once.
     """
-    low = x @ torch.cat([each.to(x.dtype) for each in a]).t()
+    low = x @ a_RI.t()
     return [low, *(x.new_empty(()).expand(x.shape[0], each.shape[0]) for each in b)]
 
 
@@ -180,53 +231,65 @@ _lora_low = torch.library.custom_op("lightning_qlora::lora_low", _low, mutates_a
 
 @_lora_low.register_fake
 def _(
-    x: Tensor, weights: Sequence[Tensor], constants: Sequence[Tensor], a: Sequence[Tensor], b: Sequence[Tensor], *_: Any
+    x: Tensor,
+    weights: Sequence[Tensor],
+    constants: Sequence[Tensor],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    a_RI: Tensor,
+    *_: Any,
 ) -> list[Tensor]:
-    low = x.new_empty(x.shape[0], sum(each.shape[0] for each in a))
+    low = x.new_empty(x.shape[0], a_RI.shape[0])
     return [low, *(x.new_empty(()).expand(x.shape[0], each.shape[0]) for each in b)]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, weights, constants, a, b, *ctx.options, ctx.source_kind, sources, ctx.source_options = inputs
+    x, weights, constants, a, b, a_RI, b_OR, *ctx.options, ctx.source_kind, sources, ctx.source_options = inputs
     kept = sources if ctx.source_kind else [x]
-    ctx.save_for_backward(output[0], *weights, *constants, *a, *b, *kept)
-    ctx.counts = [1, len(weights), len(constants), len(a), len(b), len(kept)]
+    ctx.save_for_backward(output[0], a_RI, b_OR, *weights, *constants, *kept)
+    ctx.counts = [1, 1, 1, len(weights), len(constants), len(kept)]
+    ctx.ranks, ctx.heights = [each.shape[0] for each in a], [each.shape[0] for each in b]
+    ctx.dtype = a[0].dtype
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx: Any, gradients: Sequence[Tensor | None], *fixed: Sequence[Tensor]) -> tuple[Any, ...]:
     """Return the gradients of the input and of all A and B; the products with ``W_i`` end with the adapters'."""
     saved = iter(ctx.saved_tensors)
-    (low,), weights, constants, a, b, kept = ([next(saved) for _ in range(count)] for count in ctx.counts)
+    (low,), (a_RI,), (b_OR,), weights, constants, kept = ([next(saved) for _ in range(count)] for count in ctx.counts)
     weights, constants = map(list, fixed or (weights, constants))
     scales, blocksize, quant_type, inside = ctx.options
-    ranks = [each.shape[0] for each in a]
-    of_outputs, lows, of_b = [], [], []
-    for i, (gradient, part) in enumerate(zip(gradients[1:], low.split(ranks, 1), strict=True)):
+    of_outputs: list[Tensor] = []
+    of_b: list[Tensor] = []
+    lows_TR: Tensor | None = None
+    parts = low.split_with_sizes(ctx.ranks, 1), b_OR.split_with_sizes(ctx.heights)
+    for gradient, part, rows, scale in zip(gradients[1:], *parts, scales, strict=True):
         if gradient is None:  # nobody used this output
-            gradient = low.new_zeros(low.shape[0], b[i].shape[0])
-        of_outputs.append(gradient.to(low.dtype))
-        lows.append((of_outputs[i] @ b[i].to(low.dtype)).mul_(scales[i]))
-        of_b.append((of_outputs[i].t() @ part).mul_(scales[i]).to(b[i].dtype))
-    lows_TR = lows[0] if len(b) == 1 else torch.cat(lows, 1)
+            gradient = low.new_zeros(low.shape[0], rows.shape[0])
+        gradient = gradient.to(low.dtype)
+        of_outputs.append(gradient)
+        lows_TR = gradient @ rows if lows_TR is None else lows_TR.addmm_(gradient, rows)
+        # What is there before counts for nothing.
+        of_b.append(part.new_empty(rows.shape[0], part.shape[1]).addmm_(gradient.t(), part, beta=0, alpha=scale))
+    assert lows_TR is not None
     x = Source(ctx.source_kind, kept, ctx.source_options).form() if ctx.source_kind else kept[0]
-    of_a = (lows_TR.t() @ x.reshape(-1, a[0].shape[1])).split(ranks)
-    of_a = [each.to(parameter.dtype) for each, parameter in zip(of_a, a, strict=True)]
+    of_a = (lows_TR.t() @ x.reshape(-1, a_RI.shape[1])).to(ctx.dtype).split_with_sizes(ctx.ranks)
+    of_b = [each.to(ctx.dtype) for each in of_b]
     del x  # before there are more tensors as large
     of_x = None
     if ctx.needs_input_grad[0]:
         stored = weights, constants, blocksize, quant_type
-        of_x = (_input_gradient_at_once if inside else _input_gradient)(of_outputs, lows_TR, a, *stored)
-    frozen = ([None] * count for count in ctx.counts[1:3])
+        of_x = (_input_gradient_at_once if inside else _input_gradient)(of_outputs, lows_TR, a_RI, *stored)
+    frozen = ([None] * count for count in ctx.counts[3:5])
     # An empty list of numbers counts as one of tensors.
     of_source: tuple[Any, Any] = ([None] * len(kept), None) if ctx.source_kind else ([], [])
-    return (of_x, *frozen, of_a, of_b, None, None, None, None, None, *of_source)
+    return (of_x, *frozen, list(of_a), of_b, None, None, None, None, None, None, None, *of_source)
 
 
 def _input_gradient(
     gradients: Sequence[Tensor],
     lows_TR: Tensor,
-    a: Sequence[Tensor],
+    a_RI: Tensor,
     weights: Sequence[Tensor],
     constants: Sequence[Tensor],
     blocksize: int,
@@ -237,27 +300,26 @@ def _input_gradient(
     of_x: Tensor | None = None
     for i, gradient in enumerate(gradients):
         own = constants[i * per_weight : (i + 1) * per_weight]
-        shape = [gradient.shape[1]], a[0].shape[1]
+        shape = [gradient.shape[1]], a_RI.shape[1]
         weight = _stacked([weights[i]], own, [], *shape, blocksize, quant_type, dtype)
         of_x = gradient @ weight if of_x is None else of_x.addmm_(gradient, weight)
         del weight
     assert of_x is not None
-    of_x.addmm_(lows_TR, torch.cat([each.to(dtype) for each in a]))
-    return of_x
+    return of_x.addmm_(lows_TR, a_RI)
 
 
 def _input_gradient_at_once(
     gradients: Sequence[Tensor],
     lows_TR: Tensor,
-    a: Sequence[Tensor],
+    a_RI: Tensor,
     weights: Sequence[Tensor],
     constants: Sequence[Tensor],
     blocksize: int,
     quant_type: str,
 ) -> Tensor:
     """Make one product of all: ``[g_1 | .. | g_n | lows] [W_1 ; .. ; W_n ; A]``."""
-    dtype, shape = lows_TR.dtype, ([each.shape[1] for each in gradients], a[0].shape[1])
-    weights_and_a = _stacked(weights, constants, [each.to(dtype) for each in a], *shape, blocksize, quant_type, dtype)
+    shape = [each.shape[1] for each in gradients], a_RI.shape[1]
+    weights_and_a = _stacked(weights, constants, [a_RI], *shape, blocksize, quant_type, lows_TR.dtype)
     of_x: Tensor = torch.cat([*gradients, lows_TR], 1) @ weights_and_a
     return of_x
 
@@ -280,7 +342,7 @@ def _stack(
 ) -> Tensor:
     """Dequantise weights into one matrix, (sum of heights, width), with other matrices below them."""
     per_weight = len(constants) // len(weights)
-    numbers = weights[0].new_empty(sum(heights) + sum(each.shape[0] for each in below), width, dtype=dtype)
+    numbers = constants[0].new_empty(sum(heights) + sum(each.shape[0] for each in below), width, dtype=dtype)
     if len(weights) == 1 and not below and not is_fast(numbers, constants, blocksize, quant_type):
         del numbers
         shape = torch.Size((heights[0], width))
@@ -321,8 +383,8 @@ def _products(
     weights: Sequence[Tensor],
     constants: Sequence[Tensor],
     biases: Sequence[Tensor],
-    b: Sequence[Tensor],
-    scales: Sequence[float],
+    b_OR: Tensor,
+    heights: Sequence[int],
     blocksize: int,
     quant_type: str,
     inside: bool,
@@ -330,14 +392,14 @@ def _products(
     """Multiply one input with several 4-bit weights and add their adapters, keeping nothing.
 
     Args:
-        x: As for :func:`_low`, like all that have the same name there.
+        x: (T, in), as for :func:`_low`, like all that have the same name there.
         low: What that returned first.
         shapes: What it returned after that; they take this operator's gradients.
         weights: 4-bit weights.
         constants: Of the weights.
         biases: (out_i,) each, or an empty list.
-        b: (out_i, rank_i) each.
-        scales: Factors.
+        b_OR: Of :func:`_pack`.
+        heights: out_i of each.
         blocksize: Values that share a constant.
         quant_type: Of bitsandbytes.
         inside: Whether the adapters are added inside the products.
@@ -348,12 +410,13 @@ def _products(
     per_weight = len(constants) // len(weights)
     own = [constants[i * per_weight : (i + 1) * per_weight] for i in range(len(weights))]
     added = [biases[i].to(x.dtype) if biases else None for i in range(len(weights))]
+    rows = b_OR.split_with_sizes(list(heights))
     if inside:
-        return _products_inside(x, low, weights, own, added, b, scales, blocksize, quant_type)
+        return _products_inside(x, low, weights, own, added, rows, blocksize, quant_type)
     outputs = []
-    for i, part in enumerate(low.split([each.shape[1] for each in b], 1)):
-        output = _base_product(x, weights[i], own[i], added[i], b[i].shape[0], blocksize, quant_type)
-        outputs.append(output.addmm_(part, b[i].to(x.dtype).t(), alpha=scales[i]))
+    for i, bias in enumerate(added):
+        output = _base_product(x, weights[i], own[i], bias, heights[i], blocksize, quant_type)
+        outputs.append(output.addmm_(low, rows[i].t()))
     return outputs
 
 
@@ -364,26 +427,22 @@ def _products_inside(
     constants: Sequence[Sequence[Tensor]],
     biases: Sequence[Tensor | None],
     b: Sequence[Tensor],
-    scales: Sequence[float],
     blocksize: int,
     quant_type: str,
 ) -> list[Tensor]:
-    """Compute ``[x | low] [W_i | s_i B_i]^T``, each B in the columns of its own part of ``low``.
+    """Compute ``[x | low] [W_i | B_i]^T``, with the rows of each weight in all B.
 
     The weights follow one another in one buffer: a larger one for a single product of all would make the outputs parts
     of one tensor, whose gradients autograd would first have to join.
     """
-    x_and_low = torch.cat([x, low], 1)
-    columns = [x.shape[1], *(each.shape[1] for each in b)]
-    buffer = x.new_empty(max(each.shape[0] for each in b), sum(columns))
+    x_and_low, width = torch.cat([x, low], 1), x.shape[1]
+    buffer = x.new_empty(max(each.shape[0] for each in b), x_and_low.shape[1])
     outputs = []
     for i, bias in enumerate(biases):
         rows = buffer[: b[i].shape[0]]
-        number, *adapters = rows.split(columns, 1)
-        dequantize_into(number, weights[i], constants[i], blocksize, quant_type)
-        if len(b) > 1:
-            rows[:, x.shape[1] :].zero_()
-        torch.mul(b[i], scales[i], out=adapters[i])
+        numbers, adapters = rows.tensor_split((width,), 1)
+        dequantize_into(numbers, weights[i], constants[i], blocksize, quant_type)
+        adapters.copy_(b[i])
         outputs.append(torch.nn.functional.linear(x_and_low, rows, bias))
     return outputs
 
@@ -429,20 +488,21 @@ def _(
     weights: Sequence[Tensor],
     constants: Sequence[Tensor],
     biases: Sequence[Tensor],
-    b: Sequence[Tensor],
+    b_OR: Tensor,
+    heights: Sequence[int],
     *_: Any,
 ) -> list[Tensor]:
-    return [x.new_empty(x.shape[0], each.shape[0]) for each in b]
+    return [x.new_empty(x.shape[0], height) for height in heights]
 
 
 def _count(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    ctx.counts = [len(each) for each in inputs[3:7]]
+    ctx.counts = [len(each) for each in inputs[3:6]]
     ctx.set_materialize_grads(False)
 
 
 def _hand_on(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    frozen = [[None] * count for count in ctx.counts]  # B's gradient too is formed where all are
-    return (None, None, list(gradients), *frozen, None, None, None, None)
+    frozen = [[None] * count for count in ctx.counts]
+    return (None, None, list(gradients), *frozen, None, None, None, None, None)  # B's gradient is formed where all are
 
 
 _lora_products.register_autograd(_hand_on, setup_context=_count)

@@ -23,12 +23,12 @@ def _product_scratch(args: Sequence[Any]) -> int:
 
 
 def _group_scratch(args: Sequence[Any]) -> int:
-    """``lora_products(x, low, shapes, weights, constants, biases, b, scales, blocksize, ..., inside)``.
+    """``lora_products(x, low, shapes, weights, constants, biases, b, heights, blocksize, ..., inside)``.
 
     It dequantises weight by weight; with the adapters inside its products, into longer rows, and copies the input.
     """
-    x, low, b, blocksize, inside = args[0], args[1], args[6], args[8], args[10]
-    height = max(each.shape[0] for each in b)
+    x, low, heights, blocksize, inside = args[0], args[1], args[7], args[8], args[10]
+    height = max(heights)
     constants = 4 * -(height * x.shape[1] // -int(blocksize))
     width = x.shape[1] + (low.shape[1] if inside else 0)
     copied = x.shape[0] * width if inside else 0

@@ -8,11 +8,21 @@ from contextlib import nullcontext
 import pytest
 import torch
 from peft import LoraConfig
-from tiny_lora import Dequantised, FusedCalls, assert_equal_steps, build, distance, gradients_of, scramble, step
+from tiny_lora import (
+    Dequantised,
+    FusedCalls,
+    assert_as_near_to_float32,
+    assert_equal_steps,
+    build,
+    check_operators,
+    distance,
+    gradients_of,
+    scramble,
+    step,
+)
 from tiny_models import random_batch, save_tiny_model
 from transformers import BitsAndBytesConfig
 
-from lightning_qlora.kernels import lora_products
 from lightning_qlora.kernels.checkpointing import PLANS
 from lightning_qlora.kernels.dequantization import constants_of
 from lightning_qlora.kernels.lora import FusedLinear4bit, fuse_lora, fuse_lora_if_equal, is_fused
@@ -61,16 +71,7 @@ def test_every_way_of_storing_four_bits(tmp_path, nested, kind):
 
 
 def test_mixed_precision_is_as_near_to_float32_as_pefts(tmp_path):
-    reference = step(build(tmp_path))
-    model = build(tmp_path, dtype=torch.bfloat16)
-    plain = step(model, torch.bfloat16)
-    fuse_lora(model)
-    fused = step(model, torch.bfloat16)
-    assert fused[2] == 8
-    assert all(g.dtype is torch.float32 for g in fused[1].values())
-    whole, expected, exact = (torch.cat([g.flatten() for g in s[1].values()]) for s in (fused, plain, reference))
-    assert torch.cosine_similarity(whole, expected, 0) >= 0.999
-    assert distance(whole, exact) <= 1.1 * distance(expected, exact)
+    assert_as_near_to_float32(tmp_path, 1.1)
 
 
 @pytest.mark.parametrize(
@@ -244,14 +245,8 @@ def test_the_operator_keeps_torchs_rules(tmp_path):
     state = member.base_layer.weight.quant_state
     a, b = member.lora_A["default"].weight, member.lora_B["default"].weight
     x = torch.randn(5, a.shape[1], requires_grad=True)
-    weights, constants, stored = [member.base_layer.weight.data], constants_of(state), ([2.0], 64, "nf4", False)
-    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(
-        lora_products._lora_low, (x, weights, constants, [a], [b], *stored, "", [], []), test_utils=tests
-    )
-    low, *shapes = lora_products._lora_low(x, weights, constants, [a], [b], *stored, "", [], [])
-    arguments = (x, low, shapes, weights, constants, [], [b], *stored)
-    torch.library.opcheck(lora_products._lora_products, arguments, test_utils=tests)
+    weights, constants = [member.base_layer.weight.data], constants_of(state)
+    check_operators(x, weights, constants, [a], [b], [2.0], inside=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -5,7 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import LoraConfig
-from tiny_lora import assert_equal_steps, build, distance, gradients_of, scramble, step
+from tiny_lora import (
+    RULES,
+    assert_as_near_to_float32,
+    assert_equal_steps,
+    build,
+    check_operators,
+    distance,
+    gradients_of,
+    scramble,
+    step,
+)
 from tiny_models import save_tiny_model, tiny_config
 from torch import nn
 from transformers import BitsAndBytesConfig
@@ -13,7 +23,7 @@ from transformers import BitsAndBytesConfig
 from lightning_qlora.kernels import dequantization, lora, lora_products
 from lightning_qlora.kernels.dequantization import constants_of
 from lightning_qlora.kernels.lora import fuse_lora, fuse_lora_if_equal, is_fused
-from lightning_qlora.kernels.lora_products import Ways, cheaper_ways, choose_ways
+from lightning_qlora.kernels.lora_products import Ways, cheaper_ways, choose_ways, pack_adapters
 from lightning_qlora.memory import build_skeleton, simulate_step
 from lightning_qlora.memory.tracking import MemoryTracker
 from lightning_qlora.model import attach_adapters, load_base_model, set_activation_checkpointing
@@ -54,6 +64,15 @@ def test_the_step_is_pefts(tmp_path, inside, family, options):
     assert_equal_steps(found, plain, 1e-5)
 
 
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_functions_take_the_step_of_the_operators(tmp_path, inside, autocast):
+    model = build(tmp_path, dtype=autocast or torch.float32, rank_pattern={"k_proj": 7})
+    fuse_lora(model)
+    operators, functions = (step(model, autocast, looked_at) for looked_at in (True, False))
+    assert (operators[2], functions[2]) == (8, 0)
+    assert_equal_steps(functions, operators, 0.0)
+
+
 @pytest.mark.parametrize("nested", [True, False])
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_every_way_of_storing_four_bits(tmp_path, inside, nested, kind):
@@ -68,15 +87,7 @@ def test_every_way_of_storing_four_bits(tmp_path, inside, nested, kind):
 
 
 def test_mixed_precision_is_as_near_to_float32_as_pefts(tmp_path, inside):
-    exact = step(build(tmp_path))
-    model = build(tmp_path, dtype=torch.bfloat16)
-    plain = step(model, torch.bfloat16)
-    fuse_lora(model)
-    found = step(model, torch.bfloat16)
-    assert found[2] == 8
-    one, two, three = (torch.cat([g.flatten() for g in each[1].values()]) for each in (found, plain, exact))
-    assert torch.cosine_similarity(one, two, 0) >= 0.999
-    assert distance(one, three) <= 1.25 * distance(two, three)
+    assert_as_near_to_float32(tmp_path, 1.25)
 
 
 @pytest.mark.parametrize("plan", ["selective", "full"])
@@ -118,15 +129,24 @@ def test_the_operators_keep_torchs_rules(tmp_path):
         [each["default"].weight for each in pair] for pair in zip(*((m.lora_A, m.lora_B) for m in members), strict=True)
     )
     x = torch.randn(5, 64, requires_grad=True)
-    stored, tests = ([2.0, 3.0], 64, "nf4", True), ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(lora_products._lora_low, (x, weights, constants, a, b, *stored, "", [], []), test_utils=tests)
-    low, *shapes = lora_products._lora_low(x, weights, constants, a, b, *stored, "", [], [])
-    arguments = (x, low, shapes, weights, constants, [], b, *stored)
-    torch.library.opcheck(lora_products._lora_products, arguments, test_utils=tests)
+    check_operators(x, weights, constants, a, b, [2.0, 3.0], inside=True)
     heights = [each.shape[0] for each in b]
     for below in ([], [each.detach() for each in a]):
         stacked = (weights, constants, below, heights, 64, 64, "nf4", torch.float32)
-        torch.library.opcheck(lora_products._stack_4bit, stacked, test_utils=tests)
+        torch.library.opcheck(lora_products._stack_4bit, stacked, test_utils=RULES)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_adapters_are_all_a_and_a_block_of_each_b(dtype):
+    """So that one product with all B is each one's, and its transpose brings each output's gradient to its own."""
+    torch.manual_seed(0)
+    a, b = [torch.randn(r, 6) for r in (2, 3, 1)], [torch.randn(o, r) for o, r in ((4, 2), (5, 3), (2, 1))]
+    for number in (1, 3):
+        scales = [2.0, -0.5, 3.0][:number]
+        a_RI, b_OR = pack_adapters(a[:number], b[:number], scales, dtype)
+        assert torch.equal(a_RI, torch.cat(a[:number]).to(dtype))
+        scaled = [(each * scale).to(dtype) for each, scale in zip(b[:number], scales, strict=True)]
+        assert torch.equal(b_OR, torch.block_diag(*scaled))
 
 
 # The choice
@@ -196,10 +216,10 @@ def test_what_the_products_hold_is_counted(inside):
         shapes = [torch.empty(()).expand(num_tokens, height) for height in heights]
         weights = [torch.empty(height * width // 2, 1, dtype=torch.uint8) for height in heights]
         constants = [torch.empty(height * width // 64) for height in heights]
-        b = [torch.empty(height, rank) for height in heights]
-    with MemoryTracker([x, low, *shapes, *weights, *constants, *b]) as tracker:
+        b = torch.empty(sum(heights), rank * len(heights))
+    with MemoryTracker([x, low, *shapes, *weights, *constants, b]) as tracker:
         outputs = torch.ops.lightning_qlora.lora_products(
-            x, low, shapes, weights, constants, [], b, [1.0, 1.0], 64, "nf4", inside
+            x, low, shapes, weights, constants, [], b, list(heights), 64, "nf4", inside
         )
     kept = sum(output.numel() for output in outputs)
     longest = width + rank * len(heights) if inside else width
