@@ -31,8 +31,6 @@ from lightning_qlora.modules.precision import refuse_bitsandbytes_precision
 from lightning_qlora.ranks import RankError
 from lightning_qlora.redaction import scrub
 from lightning_qlora.strategies import default_strategy
-from lightning_qlora.tools import PLANNING_TOOLS, TOOLS
-from lightning_qlora.tools.inspection import planning_settings
 
 __all__ = ["QLoRACLI", "main"]
 
@@ -91,6 +89,7 @@ class QLoRACLI(LightningCLI):
     """
 
     def __init__(self, args: ArgsType = None, run: bool = True) -> None:
+        self._tools = _tools_that_may_run(sys.argv[1:] if args is None else args)
         super().__init__(
             CausalLMModule,
             L.LightningDataModule,
@@ -130,7 +129,7 @@ class QLoRACLI(LightningCLI):
     @override
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         super()._add_subcommands(parser, **kwargs)
-        for name, tool in TOOLS.items():
+        for name, tool in self._tools.items():
             description = parse_docstring(tool.__doc__ or "").short_description
             subparser = self.init_parser(description=description)
             objects = _objects_of_the_run(tool)
@@ -159,7 +158,7 @@ class QLoRACLI(LightningCLI):
         with warnings.catch_warnings():
             # jsonargparse passes every option of LoraConfig, also the default one for LoftQ.
             warnings.filterwarnings("ignore", message="`loftq_config` specified but will be ignored")
-            if self.subcommand in TOOLS and not _objects_of_the_run(TOOLS[self.subcommand]):
+            if self.subcommand in self._tools and not _objects_of_the_run(self._tools[self.subcommand]):
                 self.config_init = self.parser.instantiate_classes(self.config)
             else:
                 super().instantiate_classes()
@@ -181,8 +180,8 @@ class QLoRACLI(LightningCLI):
             choices["max_epochs"] = 3
         if config.enable_model_summary is None and any(isinstance(c, RunSummary) for c in choices["callbacks"]):
             choices["enable_model_summary"] = False
-        if self.subcommand in PLANNING_TOOLS:  # on any machine, whatever the run will have
-            choices |= planning_settings(config)
+        if self.subcommand in self._tools:
+            choices |= _settings_of_tool(self.subcommand, config)
         return super().instantiate_trainer(**{**choices, **kwargs})
 
     def _with_default_callbacks(self, given: Callback | list[Callback] | None) -> list[Callback]:
@@ -198,10 +197,10 @@ class QLoRACLI(LightningCLI):
 
     @override
     def _run_subcommand(self, subcommand: str) -> None:
-        if subcommand not in TOOLS:
+        if subcommand not in self._tools:
             super()._run_subcommand(subcommand)
             return
-        tool = TOOLS[subcommand]
+        tool = self._tools[subcommand]
         names = self._subcommand_method_arguments[subcommand]
         arguments = {name: self.config_init[subcommand][name] for name in names}
         available = {
@@ -210,6 +209,26 @@ class QLoRACLI(LightningCLI):
             "trainer": getattr(self, "trainer", None),
         }
         tool(**arguments, **{name: available[name] for name in _objects_of_the_run(tool)})
+
+
+# The tools are imported only here: they are a third of this package's files, and fit starts without them.
+
+
+def _tools_that_may_run(args: Any) -> dict[str, Callable[..., Any]]:
+    """Return the tools to have as subcommands: none beside a subcommand of the Trainer, otherwise all."""
+    if isinstance(args, list) and args and args[0] in LightningCLI.subcommands():
+        return {}
+    from lightning_qlora.tools import TOOLS
+
+    return TOOLS
+
+
+def _settings_of_tool(name: str, trainer: Any) -> dict[str, Any]:
+    """Return Trainer arguments of a tool: one that plans works on any machine, whatever the run will have."""
+    from lightning_qlora.tools import PLANNING_TOOLS
+    from lightning_qlora.tools.inspection import planning_settings
+
+    return planning_settings(trainer) if name in PLANNING_TOOLS else {}
 
 
 def _objects_of_the_run(tool: Callable[..., Any]) -> set[str]:

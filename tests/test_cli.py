@@ -187,6 +187,33 @@ def test_help_explains_options_by_their_docstrings(run, argument, words):
     assert not [word for word in words if word not in " ".join(output.split())]
 
 
+STARTED = """
+import sys
+
+import lightning as L
+
+
+class Started(L.Callback):
+    def on_train_batch_end(self, *_):
+        print("imported:", *sys.modules)
+"""
+
+NOT_NEEDED = {"datasets", "lightning_qlora.tools", "pandas", "tensorboard", "torch._inductor.compile_fx", "trl"}
+"""What would take tenths of a second each, or whole ones, before the first step."""
+
+
+def test_fit_starts_without_what_it_does_not_need(run):
+    Path("started.py").write_text(STARTED)
+    options = ["--config=x.yaml", "--trainer.callbacks+=started.Started", "--trainer.max_steps=1"]
+    result = subprocess.run(
+        [sys.executable, "-m", "lightning_qlora", "fit", *options], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    (imported,) = [line.split()[1:] for line in result.stdout.splitlines() if line.startswith("imported:")]
+    assert "lightning_qlora.data.datamodule" in imported
+    assert not NOT_NEEDED & set(imported)
+
+
 def test_module_entry_point_lists_every_subcommand():
     result = subprocess.run([sys.executable, "-m", "lightning_qlora", "--help"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
