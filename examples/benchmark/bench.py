@@ -18,23 +18,26 @@ import time
 
 STARTED = time.perf_counter()
 
-import argparse  # noqa: E402
-import json  # noqa: E402
-import sys  # noqa: E402
-import traceback  # noqa: E402
-from contextlib import redirect_stdout  # noqa: E402
-from typing import Any  # noqa: E402
+from lightning_qlora.startup import quick_imports  # noqa: E402
 
-import bitsandbytes  # noqa: E402
-import peft  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from cases import CASES, GIB, SHAPES, Case, case_of, expand, summary  # noqa: E402
-from checks import curve, free_memory, gate  # noqa: E402
-from fits import Batches, Clock, make_module, make_trainer  # noqa: E402
+with quick_imports():  # as the command line does
+    import argparse
+    import json
+    import sys
+    import traceback
+    from contextlib import redirect_stdout
+    from typing import Any
 
-from lightning_qlora import PerformanceMonitor  # noqa: E402
-from lightning_qlora.memory import PLANS, MemoryModel, build_optimizer, optimizer_memory, skeleton_of  # noqa: E402
+    import bitsandbytes
+    import peft
+    import torch
+    import transformers
+    from cases import CASES, GIB, SHAPES, Case, case_of, expand, summary
+    from checks import curve, free_memory, gate
+    from fits import Batches, Clock, make_module, make_trainer
+
+    from lightning_qlora import PerformanceMonitor
+    from lightning_qlora.memory import PLANS, MemoryModel, build_optimizer, optimizer_memory, skeleton_of
 
 IMPORTED = time.perf_counter()
 
