@@ -4,9 +4,14 @@
     python examples/benchmark/peers.py run trl full2k /tmp/base        # trl, trl-liger, unsloth
     python examples/benchmark/peers.py run unsloth chat2k_pack /tmp/base --plan none
     python examples/benchmark/peers.py run trl dpo /tmp/base
+    torchrun --nproc-per-node=2 examples/benchmark/peers.py run trl full2k /tmp/base --strategy fsdp
 
 Rows, their order, the supervised tokens and the trained parameters are those of bench.py; a peer gets the ids, and
 tokenises nothing. Each run prints one JSON line. What is timed is a whole optimizer step, between two synchronisations.
+
+Under torchrun each rank has as many rows as one GPU would, and reads and quantises the whole base on its own device.
+``ddp`` is Trainer's default; ``fsdp`` is FSDP2 with 4-bit weights stored as bfloat16, transformer layers wrapped, and
+FSDP's own activation checkpointing. Rank 0 prints: tokens of all ranks over its own time, and the peak of each.
 """
 
 from __future__ import annotations
@@ -26,6 +31,8 @@ from typing import Any  # noqa: E402
 
 from cases import CASES, GIB, SHAPES, Case, case_of, random_pairs, random_rows, summary  # noqa: E402
 
+RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
@@ -84,10 +91,11 @@ def load(options: argparse.Namespace, max_length: int) -> tuple[Any, Any]:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
+        **({"bnb_4bit_quant_storage": dtype} if options.strategy == "fsdp" else {}),
     )
     model = AutoModelForCausalLM.from_pretrained(
         options.checkpoint, quantization_config=quantization, dtype=dtype, attn_implementation="sdpa",
-        device_map={"": 0 if on_gpu else "cpu"},
+        device_map={"": LOCAL_RANK if on_gpu else "cpu"},
     )  # fmt: skip
     adapters = LoraConfig(
         r=options.rank, lora_alpha=2 * options.rank, lora_dropout=0.0, target_modules=PROJECTIONS, bias="none",
@@ -105,17 +113,22 @@ def make_trainer(options: argparse.Namespace, case: Case, folder: str) -> tuple[
     model, adapters = load(options, case.max_length)
     tokenizer = AutoTokenizer.from_pretrained(options.checkpoint)
     steps, vocab = options.steps + options.warmup, SHAPES[options.shape]["vocab_size"]
+    count = steps * case.rows * WORLD_SIZE
     common: dict[str, Any] = {
         "output_dir": folder, "per_device_train_batch_size": case.rows, "learning_rate": 2e-4, "max_steps": steps,
         "gradient_accumulation_steps": 1, "logging_steps": 1, "save_strategy": "no", "report_to": [],
         "max_length": case.max_length,
         "gradient_checkpointing": options.plan == "full", "bf16": options.device == "cuda",
         "optim": "adamw_torch_fused" if options.device == "cuda" else "adamw_torch",
+        "ddp_find_unused_parameters": False,
         "use_cpu": options.device == "cpu", "shuffle_dataset": False, "train_sampling_strategy": "sequential",
     }  # fmt: skip
+    if options.strategy == "fsdp":
+        wrapped = {"activation_checkpointing": common.pop("gradient_checkpointing")}
+        common |= {"fsdp": True, "fsdp_config": wrapped, "gradient_checkpointing": False}
     if case.kind == "pairs":
         names = ("prompt_ids", "chosen_ids", "rejected_ids")
-        rows = [dict(zip(names, pair, strict=True)) for pair in random_pairs(case, steps * case.rows, vocab)]
+        rows = [dict(zip(names, pair, strict=True)) for pair in random_pairs(case, count, vocab)]
         del common["shuffle_dataset"]
 
         class OnIds(DPOTrainer):
@@ -124,10 +137,9 @@ def make_trainer(options: argparse.Namespace, case: Case, folder: str) -> tuple[
 
         arguments, kind = DPOConfig(**common), OnIds
     else:
-        count = steps * case.rows * (8 if case.packed else 1)
         rows = [
             {"input_ids": ids, "completion_mask": [0] * cut + [1] * (len(ids) - cut)}
-            for ids, cut in random_rows(case, count, vocab)
+            for ids, cut in random_rows(case, count * (8 if case.packed else 1), vocab)
         ]
         arguments, kind = (
             SFTConfig(
@@ -135,7 +147,7 @@ def make_trainer(options: argparse.Namespace, case: Case, folder: str) -> tuple[
             ),
             SFTTrainer,
         )
-    counter = _counter(options.device == "cuda")
+    counter = _counter(options.device == "cuda", options.strategy == "fsdp")
     trainer = kind(
         model=model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
         callbacks=[counter], peft_config=adapters,
@@ -150,7 +162,20 @@ def make_trainer(options: argparse.Namespace, case: Case, folder: str) -> tuple[
     return trainer, counter
 
 
-def _counter(on_gpu: bool) -> Any:
+def check_is_sharded(model: Any) -> None:
+    """Refuse to measure as FSDP what is whole on each rank: neither TRL nor accelerate says so.
+
+    Raises:
+        RuntimeError: With the first parameter that is whole.
+    """
+    from torch.distributed.tensor import DTensor
+
+    whole = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
+    if whole:
+        raise RuntimeError(f"{len(whole)} parameters are whole on each rank, {whole[0]} first.")
+
+
+def _counter(on_gpu: bool, sharded: bool) -> Any:
     """Return a callback that times steps, and counts their real and supervised tokens."""
     import torch
     from transformers import TrainerCallback
@@ -165,10 +190,19 @@ def _counter(on_gpu: bool) -> Any:
             self.seconds: list[float] = []
             self.tokens: list[int] = []
             self.supervised: list[int] = []
-            self.first_step = 0.0
+            self.first_begun = self.first_step = 0.0
+            self.start_peak: float | None = None
+
+        def on_train_begin(self, *_: Any, model: Any, **__: Any) -> None:
+            if sharded:
+                check_is_sharded(model)
+            if on_gpu:
+                self.start_peak = peak_gib()
+                torch.cuda.reset_peak_memory_stats()
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             self.begun = now()
+            self.first_begun = self.first_begun or self.begun
             self.tokens.append(0)
             self.supervised.append(0)
 
@@ -186,30 +220,45 @@ def _counter(on_gpu: bool) -> Any:
     return Counter()
 
 
+def peak_gib() -> float:
+    """Return the most that torch has held of this rank's GPU since it was last asked to forget."""
+    import torch
+
+    return round(torch.cuda.max_memory_allocated() / GIB, 2)
+
+
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Train a peer on a case and return what it took."""
+    """Train a peer on a case and return what it took, on all ranks together."""
     if options.peer == "unsloth":
         import unsloth  # noqa: F401  # which must come before what it patches
     import torch
 
     on_gpu = options.device == "cuda"
+    if options.cap_gib is not None:
+        total = torch.cuda.get_device_properties(LOCAL_RANK).total_memory
+        torch.cuda.set_per_process_memory_fraction(options.cap_gib * GIB / total, LOCAL_RANK)
     with tempfile.TemporaryDirectory() as folder:
         trainer, counter = make_trainer(options, case_of(options), folder)
         built = time.perf_counter()
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats()
         trainer.train()
-    tokens, supervised = (sum(each[options.warmup :]) for each in (counter.tokens, counter.supervised))
-    memory = {"peak_gib": round(torch.cuda.max_memory_allocated() / GIB, 2)} if on_gpu else {}
+    counts = [sum(each[options.warmup :]) for each in (counter.tokens, counter.supervised)]
+    ranks: list[Any] = [[*counts, peak_gib() if on_gpu else None, counter.start_peak]]
+    if WORLD_SIZE > 1:
+        ranks *= WORLD_SIZE
+        torch.distributed.all_gather_object(ranks, ranks[RANK])
+    tokens, supervised, peaks, start_peaks = zip(*ranks, strict=True)
     return {
-        **summary(counter.seconds[options.warmup :], tokens, supervised),
-        **memory,
+        "devices": WORLD_SIZE,
+        **summary(counter.seconds[options.warmup :], sum(tokens), sum(supervised)),
+        "peak_gib": peaks if torch.distributed.is_torchelastic_launched() else peaks[0],
+        "start_peak_gib": start_peaks,
         "losses": [round(each["loss"], 4) for each in trainer.state.log_history if "loss" in each][:3],
         "build_s": round(built - STARTED, 2),
+        "start_s": round(counter.first_begun - STARTED, 2),
         "first_step_s": round(counter.first_step - built, 2),
         "trainable": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "device_name": torch.cuda.get_device_name() if on_gpu else "cpu",
-        **{name: version(name) for name in ("torch", "transformers", "trl", "peft", "bitsandbytes")},
+        **{name: version(name) for name in ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes")},
         **({"unsloth": version("unsloth")} if options.peer == "unsloth" else {}),
     }
 
@@ -228,18 +277,26 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     runs.add_argument("--rows", type=int)
     runs.add_argument("--steps", type=int, default=10)
     runs.add_argument("--warmup", type=int, default=4)
+    runs.add_argument("--strategy", default="ddp", choices=["ddp", "fsdp"], help="of several devices, with torchrun")
+    runs.add_argument("--cap_gib", type=float, help="GiB that torch may take of each GPU, from the start")
     for command in (makes, runs):
         command.add_argument("checkpoint")
         command.add_argument("--shape", default="8b", choices=sorted(SHAPES))
         command.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.what == "run" and WORLD_SIZE == 1 and options.strategy == "fsdp":
+        parser.error("--strategy fsdp shares a model among devices. Write torchrun --nproc-per-node=2 before peers.py.")
+    if options.what == "run" and options.device == "cpu" and options.strategy == "fsdp":
+        parser.error("--strategy fsdp: accelerate has it for GPUs only. Write --strategy ddp on CPUs.")
+    return options
 
 
 def main() -> None:
     options = parse(sys.argv[1:])
     with redirect_stdout(sys.stderr):
         result = {"make": make, "run": run}[options.what](options)
-    print(json.dumps({**vars(options), **result}), flush=True)
+    if RANK == 0:
+        print(json.dumps({**vars(options), **result}), flush=True)
 
 
 if __name__ == "__main__":

@@ -147,6 +147,41 @@ def kernels(records: list[Record]) -> list[str]:
     return ["## Kernels one by one", "", *drawn, ""] if drawn else []
 
 
+def several_gpus(records: list[Record]) -> list[str]:
+    """Draw what scaling.py found: speed and memory by numbers of devices, and runs that went on with fewer."""
+    chosen = [r for r in records if r["group"] == "scaling" and "failed" not in r]
+    measured, saved = ([r for r in chosen if r["saves"] is saves] for saves in (False, True))
+    alone: dict[tuple[object, ...], float] = {}
+    rows: list[list[object]] = []
+    for r in sorted(measured, key=lambda r: r["devices"]):
+        kind = r["trainer"], r["shape"], r["rows"], r["tokens_per_batch"]
+        each = r["tokens_per_second"] / r["devices"]
+        # One device has no strategy: what it does alone is what both are compared with.
+        base = alone.get(kind) or alone.setdefault((*kind, r["strategy"]) if r["devices"] > 1 else kind, each)
+        peaks = [_largest(r["peak_memory_gib"]), _largest(r["start_peak_gib"])]
+        speed = [_figure(r["tokens_per_second"]), f"{each / base:.1%}"]
+        rows.append([*_of_case(r), *speed, *peaks, _figure(r["start_seconds"], 1)])
+    resumed = [[*_of_case(r), r["steps_before"], r["optimizer_steps"], f"{r['train_loss']:.3f}",
+                _figure(r["start_seconds"], 1), _figure(r["save_seconds"], 2)] for r in saved]  # fmt: skip
+    case = ["trainer", "strategy", "shape", "rows", "tokens of a GPU's step", "GiB allowed", "GPUs"]
+    head = [*case, "tokens/s", "efficiency", "peak GiB of a GPU", "while starting", "seconds to step 1"]
+    later = [*case, "steps before", "after", "last loss", "seconds to the first step", "seconds to save"]
+    lines = _table(head, sorted(rows, key=lambda row: [str(cell) for cell in row[1:6]])) if rows else []
+    if resumed:
+        lines += ["Saved on all, and gone on with half as many:", "", *_table(later, resumed)]
+    return ["## Several GPUs", "", *lines] if lines else []
+
+
+def _of_case(r: Record) -> list[object]:
+    strategy = r["strategy"] if r["devices"] > 1 else ""
+    cap = "" if r["cap_gib"] is None else f"{r['cap_gib']:g}"
+    return [r["trainer"], strategy, r["shape"], r["rows"], _figure(r["tokens_per_batch"]), cap, r["devices"]]
+
+
+def _largest(gib: list[float | None]) -> str:
+    return _figure(max((each for each in gib if each is not None), default=None), 2)
+
+
 def failures(records: list[Record]) -> list[str]:
     """List what did not run."""
     rows = [[f"`{r['command']}`", str(r.get("stderr", r["failed"]))[-160:].replace("|", "/")]
@@ -231,7 +266,7 @@ def _save(figure: Any, folder: Path, name: str, title: str) -> str:
 def render(records: list[Record], folder: Path) -> str:
     """Return the page."""
     floor = next((r for r in records if r["command"] == "floor.py" and "failed" not in r), None)
-    measured = [r for r in records if "device_name" in r]
+    measured = [r for r in records if "device_name" in r and r["group"] != "scaling"]
     lines = ["# Results", ""]
     if measured:
         first = measured[0]
@@ -245,7 +280,7 @@ def render(records: list[Record], folder: Path) -> str:
         lines += [f"The floor (products, dequantisation and attention alone): {full} tokens/s with recomputation, "
                   f"{none} without; the first under a lasting load, the second for a moment.", ""]  # fmt: skip
     lines += speed(records, floor)
-    for part in (gates, curves, contexts, variants, peaks, kernels):
+    for part in (gates, curves, contexts, variants, several_gpus, peaks, kernels):
         lines += part(records)
     return "\n".join([*lines, *draw(records, floor, folder), *failures(records)]).rstrip() + "\n"
 

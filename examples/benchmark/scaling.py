@@ -1,7 +1,9 @@
 """How training scales over the GPUs of a machine: tokens/s, memory of each GPU, efficiency, and resuming on fewer.
 
     python examples/benchmark/scaling.py                         # 1, 2, 4, 8, ... and all GPUs of this machine
-    python examples/benchmark/scaling.py --devices 2 4 --only fsdp --out scaling.jsonl
+    python examples/benchmark/scaling.py --devices 2 4 --only fsdp --out results.jsonl
+    python examples/benchmark/scaling.py --shape 8b --peers /tmp/base --steps 12 --warmup 4        # TRL beside it
+    python examples/benchmark/scaling.py --shape 8b --only fsdp --devices 2 --cap_gib 6 --tokens_per_batch 2048
     python examples/benchmark/scaling.py --shape tiny --accelerator cpu --devices 1 2     # two gloo processes
 
 Measured are DDP of an 8B shape, once on packed chat rows (lengths lognormal(6.0, 0.8), clipped to 32..2048) and once on
@@ -9,8 +11,13 @@ full rows of 2048 tokens, and FSDP of a 70B shape on full rows. Bases are NF4 wi
 device from the shape's configuration, so that nothing is downloaded; speed and memory do not depend on their values.
 60 % of the tokens are supervised; LoRA of rank 16 on all linear layers; each rank has as many micro-batches.
 
-Each case runs in processes of its own. At last the largest FSDP case publishes a checkpoint that half as many devices
-go on from. One JSON line a case, then a table; efficiency is tokens/s for each device against the fewest devices.
+Each case runs in processes of its own. At last the largest case of the last strategy publishes a checkpoint that half
+as many devices go on from. With ``--peers`` each case is followed by TRL's on as many rows of the same kind
+(peers.py, which says how it is set up), from a checkpoint on disk that is made where there is none.
+
+One JSON line a case, which report.py draws, then its tables. ``start_seconds`` is from the start of a process, imports
+included, to the first step; own runs make their base meanwhile, TRL reads and quantises its own.
+``peak_memory_gib`` is the peak of each rank's steps, ``start_peak_gib`` that of all before.
 Where a case fails, its line says why; the others are measured all the same, and the exit code is 1.
 """
 
@@ -19,33 +26,26 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
-import warnings
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import lightning as L
-import numpy as np
+import psutil
 import torch
-from cases import SHAPES
-from random_base import random_base
-from torch.utils.data import DataLoader
-from transformers import PreTrainedModel
-from typing_extensions import override
+from cases import SHAPES, SHRUNK
+from report import failures, several_gpus
 
-from lightning_qlora import AdapterCheckpoint, PerformanceMonitor, SFTModule
-from lightning_qlora.data.batching import Batching
-from lightning_qlora.data.collators import Document
-from lightning_qlora.model import compute_dtype
-from lightning_qlora.ranks import gather_objects
-
+HERE = Path(__file__).parent
 ROW = 2048
 WARMUP = 10
+_PEER_CASES = {"chat": "chat2k_pack", "full": "full2k"}
+_RAISED = re.compile(r"^(?:\[rank\d+\]:\s*)?((?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -53,205 +53,158 @@ class Case:
     """One run.
 
     Attributes:
-        strategy: ``ddp`` or ``fsdp``.
+        trainer: ``lightning_qlora`` or ``trl``.
+        strategy: ``ddp`` or ``fsdp``; on one device there is none.
         shape: A name of ``cases.SHAPES``.
         rows: ``chat`` or ``full``.
         devices: Processes, one for each device.
         accelerator: ``gpu`` or ``cpu``.
         steps: Optimizer steps that are measured, after the warm-up.
+        warmup: Optimizer steps before them.
         tokens_per_batch: Of each rank's micro-batch, which is its whole step.
+        cap_gib: GiB that torch may take of each GPU, from the start; ``None`` for all.
         folder: Where to publish at the end; ``None`` for nowhere.
         resume: Go on from what is published there, for an epoch more.
     """
 
+    trainer: str
     strategy: str
     shape: str
     rows: str
     devices: int
     accelerator: str
     steps: int
+    warmup: int
     tokens_per_batch: int
+    cap_gib: float | None = None
     folder: str | None = None
     resume: bool = False
 
-
-class RandomBase(SFTModule):
-    """SFTModule on a base of random NF4 weights, made on the device from a configuration."""
-
-    def __init__(self, shape: str, **options: Any) -> None:
-        super().__init__(shape, untrained_tokens="ignore", lr_scheduler=None, **options)
-
-    @override
-    def load_base(self, device: torch.device | None) -> PreTrainedModel:
-        assert device is not None
-        return random_base(self.model_name, device, compute_dtype(device))
-
-
-class RandomRows(L.LightningDataModule):
-    """Packed rows of random tokens; every rank gets as many micro-batches as every other."""
-
-    def __init__(self, case: Case) -> None:
-        super().__init__()
-        self.case = case
-
-    @override
-    def train_dataloader(self) -> DataLoader[Any]:
-        case, ranks = self.case, self.trainer.world_size
-        wanted = (case.steps + WARMUP) * ranks
-        random = np.random.default_rng(0)
-        number = 2 * wanted * max(1, case.tokens_per_batch // (ROW if case.rows == "full" else 400)) + wanted
-        lengths = np.full(number, min(ROW, case.tokens_per_batch))
-        if case.rows == "chat":
-            lengths = np.clip(random.lognormal(6.0, 0.8, number).astype(int), 32, min(ROW, case.tokens_per_batch))
-        batching = Batching(packing=True, tokens_per_batch=case.tokens_per_batch, batch_size=1)
-        plan = list(batching.plan(lengths, seed=0))[:wanted][self.trainer.global_rank :: ranks]
-        vocabulary = SHAPES[case.shape]["vocab_size"]
-
-        def document(row: int) -> Document:
-            length = int(lengths[row])
-            supervised = np.array([[length - int(0.6 * length), length]], dtype=np.int32)
-            return Document(random.integers(0, vocabulary, length, dtype=np.int32), supervised, row)
-
-        return DataLoader([batching.collate([document(row) for row in rows]) for rows in plan], batch_size=None)
+    @property
+    def command(self) -> str:
+        """What measures this case alone, and tells it from others."""
+        if self.trainer == "trl":
+            return shell(["torchrun", f"--nproc-per-node={self.devices}", *peer_words(self, "CHECKPOINT")])
+        options = {
+            "only": self.strategy, "shape": self.shape, "rows": self.rows, "devices": self.devices,
+            "accelerator": self.accelerator, "steps": self.steps, "warmup": self.warmup,
+            "tokens_per_batch": self.tokens_per_batch, "cap_gib": self.cap_gib,
+        }  # fmt: skip
+        words = [word for name, value in options.items() if value is not None for word in (f"--{name}", value)]
+        if self.folder is None:
+            return shell(["scaling.py", *words, "--no-resume"])
+        return shell(["scaling.py", *words, "#", "resumed" if self.resume else "saved"])
 
 
-class Started(L.Callback):
-    """Notes when training began."""
-
-    seconds = 0.0
-
-    @override
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.seconds = time.perf_counter()
+def shell(words: Sequence[object]) -> str:
+    return " ".join(map(str, words))
 
 
-def run(case: Case) -> dict[str, Any]:
-    """Train one case on the ranks that torchrun has started; return its figures."""
-    begun = time.perf_counter()
-    L.seed_everything(0, verbose=False)
-    started = Started()
-    callbacks: list[L.Callback] = [started, PerformanceMonitor(window=case.steps)]
-    checkpoint = None
-    if case.folder is not None:
-        checkpoint = AdapterCheckpoint(case.folder, background=False)
-        callbacks.append(checkpoint)
-    trainer = L.Trainer(
-        accelerator=case.accelerator,
-        devices=case.devices,
-        strategy="auto" if case.devices == 1 else f"{case.strategy}_qlora",
-        precision="bf16-mixed" if case.accelerator == "gpu" else "32-true",
-        max_epochs=2 if case.resume else 1,
-        callbacks=callbacks,
-        logger=False,
-        enable_checkpointing=checkpoint is not None,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        default_root_dir=case.folder,
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        trainer.fit(RandomBase(case.shape), datamodule=RandomRows(case), ckpt_path="last" if case.resume else None)
-    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    peaks = gather_objects(metrics["peak_memory_gib"])
-    # PerformanceMonitor takes its rank for all; unevenly packed ranks are added up here.
-    rates = gather_objects(metrics["tokens_per_second"] / trainer.world_size)
+def peer_words(case: Case, checkpoint: str) -> list[str]:
+    """Return the command line of a case that is TRL's: as many rows of each rank as one GPU would have."""
+    row = min(ROW, case.tokens_per_batch)
+    options = {
+        "strategy": case.strategy, "shape": case.shape, "device": "cuda" if case.accelerator == "gpu" else "cpu",
+        "steps": case.steps, "warmup": case.warmup, "rows": case.tokens_per_batch // row,
+        "max_length": row * (SHRUNK if case.shape == "tiny" else 1), "cap_gib": case.cap_gib,
+    }  # fmt: skip
+    words = [str(word) for name, value in options.items() if value is not None for word in (f"--{name}", value)]
+    return ["peers.py", "run", "trl", _PEER_CASES[case.rows], checkpoint, *words]
+
+
+def launch(case: Case, checkpoint: str | None = None, timeout_s: float = 900) -> dict[str, Any]:
+    """Run one case in processes of its own; what goes wrong there is part of the record.
+
+    Args:
+        case: What to run.
+        checkpoint: The folder that TRL loads.
+        timeout_s: Seconds after which all processes are ended.
+    """
+    print(f"{case.command} ...", file=sys.stderr, flush=True)
+    begun = time.monotonic()
+    fields = asdict(case)
+    record = {"round": 0, "group": "scaling", "command": case.command, **fields, "saves": fields["folder"] is not None}
+    del record["folder"]
+    if case.trainer == "trl":
+        script, *words = peer_words(case, str(checkpoint))
+    else:
+        script, words = "scaling_rank.py", [json.dumps(fields)]
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case.devices}"]
+    found = _measure([*ranks, str(HERE / script), *words], timeout_s)
+    took = {"took_s": round(time.monotonic() - begun, 1)}
+    return record | took | (_as_own(found) if case.trainer == "trl" and "failed" not in found else found)
+
+
+def _measure(command: list[str], timeout_s: float) -> dict[str, Any]:
+    """Return the line that a command prints, or why there is none."""
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        try:
+            said, errors = process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            ranks = psutil.Process(process.pid).children(recursive=True)  # torchrun's sessions are not its own
+            for each in (process, *ranks):
+                each.kill()
+            return {"failed": f"more than {timeout_s:g} s: {process.communicate()[1][-300:]}"}
+    lines = [line for line in said.splitlines() if line.startswith("{")]
+    if process.returncode == 0 and lines:
+        return json.loads(lines[-1])  # type: ignore[no-any-return]
+    # Killed from outside, a process has said nothing; torchrun says by which signal.
+    raised = [reason for reason in _RAISED.findall(errors) if "ChildFailedError" not in reason]
+    return {"failed": raised[0] if raised else errors[-500:]}
+
+
+def _as_own(found: dict[str, Any]) -> dict[str, Any]:
+    """Give figures of peers.py the names of own ones."""
     return {
-        "tokens_per_second": round(sum(rates), 1),
-        "step_seconds": round(metrics["step_seconds"], 4),
-        "peak_memory_gib": [round(peak, 3) for peak in peaks],
-        "start_seconds": round(started.seconds - begun, 1),
-        "optimizer_steps": trainer.global_step,
-        "train_loss": round(metrics["train_loss"], 4),
-        "save_seconds": None if checkpoint is None else round(checkpoint.last_save_seconds, 2),
-        "device": torch.cuda.get_device_name() if case.accelerator == "gpu" else "cpu",
-        "torch": torch.__version__,
+        "tokens_per_second": found["tok_s"],
+        "step_seconds": round(found["mean_step_ms"] / 1000, 4),
+        "peak_memory_gib": found["peak_gib"],
+        "start_peak_gib": found["start_peak_gib"],
+        "start_seconds": found["start_s"],
+        **{name: found[name] for name in ("device_name", "torch", "transformers", "peft", "trl", "accelerate")},
     }
-
-
-def name(case: Mapping[str, Any]) -> str:
-    """Say what is run, as the table does."""
-    suffix = "" if not case["saves"] else " (resumed)" if case["resume"] else " (saved)"
-    return f"{case['strategy']} {case['shape']} {case['rows']}{suffix}"
-
-
-def launch(case: Case) -> dict[str, Any]:
-    """Run one case in processes of its own; what goes wrong there is part of the record."""
-    record = asdict(case)
-    record["saves"] = record.pop("folder") is not None
-    print(f"{name(record)} on {case.devices} ...", file=sys.stderr, flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder, "result.json")
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case.devices}"]
-        command += [__file__, "--case", json.dumps(asdict(case)), "--result", str(result)]
-        done = subprocess.run(command, capture_output=True, text=True, env={"OMP_NUM_THREADS": "1", **os.environ})
-        if done.returncode == 0:
-            return {**record, **json.loads(result.read_text())}
-        errors = sorted(Path(folder).glob("*.error"), key=lambda path: path.stat().st_mtime_ns)
-        # Killed from outside, a process has written nothing; torchrun says by which signal.
-        return {**record, "error": errors[0].read_text() if errors else done.stderr[-500:]}
-
-
-def run_rank(case: Case, result: Path) -> None:
-    """Be one of the processes that :func:`launch` has started."""
-    rank = os.environ["RANK"]
-    try:
-        figures = run(case)
-    except Exception as error:
-        result.with_name(f"{rank}.error").write_text(f"{type(error).__name__}: {error}")
-        raise
-    if rank == "0":
-        result.write_text(json.dumps(figures))
 
 
 def plan(options: argparse.Namespace) -> list[Case]:
     """Return the cases to run, in order."""
-    common = {"accelerator": options.accelerator, "steps": options.steps, "tokens_per_batch": options.tokens_per_batch}
     cases = []
     if options.only != "fsdp":
-        for rows in ("chat", "full"):
-            cases += [Case("ddp", options.shape or "8b", rows, n, **common) for n in options.devices]
-    several = [n for n in options.devices if n > 1]
+        for rows in options.rows or ("chat", "full"):
+            cases += [_case(options, "ddp", rows, n) for n in options.devices]
     if options.only != "ddp":
-        cases += [Case("fsdp", options.shape or "70b", "full", n, **common) for n in several]
-    return cases
+        for rows in options.rows or ("full",):
+            cases += [_case(options, "fsdp", rows, n) for n in options.devices if n > 1]
+    return [each for case in cases for each in (case, *_beside(case, options))]
+
+
+def _beside(case: Case, options: argparse.Namespace) -> list[Case]:
+    """Return TRL's case beside an own one, where there is one: accelerate has FSDP for GPUs only."""
+    if options.peers is None or (case.accelerator, case.strategy) == ("cpu", "fsdp"):
+        return []
+    return [replace(case, trainer="trl")]
 
 
 def resuming(options: argparse.Namespace, folder: str) -> list[Case]:
     """Return the cases that publish on the most devices and go on with half of them."""
     most = max(options.devices)
-    if most < 2 or options.only == "ddp":
+    if most < 2 or not options.resume:
         return []
-    shape = options.shape or "70b"
-    few: dict[str, Any] = {"accelerator": options.accelerator, "steps": 2, "tokens_per_batch": options.tokens_per_batch}
+    few: dict[str, Any] = {"steps": 2, "folder": folder}
+    strategy, rows = options.only or "fsdp", (options.rows or ("full",))[-1]
     return [
-        Case("fsdp", shape, "full", most, folder=folder, **few),
-        Case("fsdp", shape, "full", most // 2, folder=folder, resume=True, **few),
+        _case(options, strategy, rows, most, **few),
+        _case(options, strategy, rows, most // 2, **few, resume=True),
     ]
 
 
-def add_efficiency(records: list[dict[str, Any]]) -> None:
-    """Compare tokens/s for each device with the same case on the fewest."""
-    base: dict[tuple[str, ...], float] = {}
-    for record in sorted((r for r in records if "error" not in r and not r["saves"]), key=lambda r: r["devices"]):
-        each = record["tokens_per_second"] / record["devices"]
-        key = record["strategy"], record["shape"], record["rows"]
-        record["efficiency"] = round(each / base.setdefault(key, each), 3)
-
-
-def table(records: list[dict[str, Any]]) -> str:
-    """Draw the records as a Markdown table."""
-    lines = ["| case | devices | tokens/s | efficiency | peak GiB | start s |", "|---|---|---|---|---|---|"]
-    for r in records:
-        if "error" in r:
-            reason = " ".join(r["error"].replace("|", "/").split())
-            lines.append(f"| {name(r)} | {r['devices']} | failed: {reason[:80]} | | | |")
-            continue
-        peaks, efficiency = r["peak_memory_gib"], r.get("efficiency")
-        shown = "" if efficiency is None else f"{efficiency:.1%}"
-        figures = f"{r['tokens_per_second']:,.0f} | {shown} | {max(peaks):.2f} | {r['start_seconds']}"
-        lines.append(f"| {name(r)} | {r['devices']} | {figures} |")
-    return "\n".join(lines)
+def _case(options: argparse.Namespace, strategy: str, rows: str, devices: int, **more: Any) -> Case:
+    shape = options.shape or {"ddp": "8b", "fsdp": "70b"}[strategy]
+    names = ("accelerator", "steps", "warmup", "tokens_per_batch", "cap_gib")
+    common = {name: getattr(options, name) for name in names}
+    return Case("lightning_qlora", strategy, shape, rows, devices, **{**common, **more})
 
 
 def device_counts(available: int) -> list[int]:
@@ -267,16 +220,25 @@ def parse(args: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--accelerator", choices=("gpu", "cpu"), default="gpu")
     parser.add_argument("--shape", choices=SHAPES, help="one for all cases, instead of 8b for DDP and 70b for FSDP")
     parser.add_argument("--only", choices=("ddp", "fsdp"), help="one strategy; fsdp takes two devices and more")
-    parser.add_argument("--steps", type=int, default=40, help="measured steps, after 10 of warm-up")
+    parser.add_argument("--rows", choices=("chat", "full"), nargs="+", help="for FSDP full, for DDP both if left out")
+    parser.add_argument("--steps", type=int, default=40, help="measured steps")
+    parser.add_argument("--warmup", type=int, default=WARMUP, help="steps before them")
     parser.add_argument(
         "--tokens_per_batch", type=int, default=8192, help="of each device's micro-batch, its whole step"
     )
-    parser.add_argument("--out", type=Path, help="also write the JSON lines to this file, each as it comes")
-    parser.add_argument("--case", help=argparse.SUPPRESS)
-    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--cap_gib", type=float, help="GiB that torch may take of each GPU, from the start")
+    parser.add_argument(
+        "--resume", action=argparse.BooleanOptionalAction, default=True,
+        help="also save on the most devices and go on with half of them",
+    )  # fmt: skip
+    parser.add_argument(
+        "--peers", metavar="CHECKPOINT",
+        help="also TRL, from a random checkpoint in this folder, made if there is none (8b: 16 GB); all cases are of "
+        "one shape then, 8b unless --shape says another",
+    )  # fmt: skip
+    parser.add_argument("--timeout_s", type=float, default=900, help="of one case")
+    parser.add_argument("--out", type=Path, help="also add the JSON lines to this file, each as it comes")
     options = parser.parse_args(args)
-    if options.case is not None:
-        return options
     options.devices = sorted(set(options.devices or ([1, 2] if options.accelerator == "cpu" else counts or [1])))
     if options.accelerator == "gpu" and options.devices[-1] > gpus:
         parser.error(
@@ -285,28 +247,32 @@ def parse(args: list[str] | None) -> argparse.Namespace:
         )
     if options.only == "fsdp" and options.devices[-1] < 2:
         parser.error("--only fsdp: it shares a model among devices, two at least. Write --devices 2 or more.")
+    if options.accelerator == "cpu" and options.cap_gib is not None:
+        parser.error("--cap_gib: torch counts no memory of CPUs. Leave it out, or write --accelerator gpu.")
+    if options.peers is not None:
+        options.shape = options.shape or "8b"
     return options
 
 
 def main(args: list[str] | None = None) -> int:
     """Measure all cases; return 1 if one failed."""
     options = parse(args)
-    if options.case is not None:
-        run_rank(Case(**json.loads(options.case)), options.result)
-        return 0
+    if options.peers is not None and not Path(options.peers).exists():
+        device = "cuda" if options.accelerator == "gpu" else "cpu"
+        make = ["peers.py", "make", options.peers, "--shape", options.shape, "--device", device]
+        print(f"{shell(make)} ...", file=sys.stderr, flush=True)
+        subprocess.run([sys.executable, str(HERE / make[0]), *make[1:]], stdout=subprocess.DEVNULL, check=True)
     records: list[dict[str, Any]] = []
-    if options.out is not None:
-        options.out.write_text("")
     with tempfile.TemporaryDirectory() as folder:
         for case in [*plan(options), *resuming(options, folder)]:
-            records.append(launch(case))
-            add_efficiency(records)
-            print(json.dumps(records[-1]), flush=True)
+            records.append(launch(case, options.peers, options.timeout_s))
+            line = json.dumps(records[-1])
+            print(line, flush=True)
             if options.out is not None:
-                with options.out.open("a") as lines:
-                    lines.write(json.dumps(records[-1]) + "\n")
-    print(table(records))
-    return int(any("error" in record for record in records))
+                with options.out.open("a", encoding="utf-8") as lines:
+                    lines.write(line + "\n")
+    print("\n".join([*several_gpus(records), *failures(records)]))
+    return int(any("failed" in record for record in records))
 
 
 if __name__ == "__main__":
