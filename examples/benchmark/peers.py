@@ -234,6 +234,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     on_gpu = options.device == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(LOCAL_RANK)
     if options.cap_gib is not None:
         total = torch.cuda.get_device_properties(LOCAL_RANK).total_memory
         torch.cuda.set_per_process_memory_fraction(options.cap_gib * GIB / total, LOCAL_RANK)

@@ -150,26 +150,42 @@ def kernels(records: list[Record]) -> list[str]:
 def several_gpus(records: list[Record]) -> list[str]:
     """Draw what scaling.py found: speed and memory by numbers of devices, and runs that went on with fewer."""
     chosen = [r for r in records if r["group"] == "scaling" and "failed" not in r]
-    measured, saved = ([r for r in chosen if r["saves"] is saves] for saves in (False, True))
-    alone: dict[tuple[object, ...], float] = {}
-    rows: list[list[object]] = []
-    for r in sorted(measured, key=lambda r: r["devices"]):
-        kind = r["trainer"], r["shape"], r["rows"], r["tokens_per_batch"]
-        each = r["tokens_per_second"] / r["devices"]
-        # One device has no strategy: what it does alone is what both are compared with.
-        base = alone.get(kind) or alone.setdefault((*kind, r["strategy"]) if r["devices"] > 1 else kind, each)
-        peaks = [_largest(r["peak_memory_gib"]), _largest(r["start_peak_gib"])]
-        speed = [_figure(r["tokens_per_second"]), f"{each / base:.1%}"]
-        rows.append([*_of_case(r), *speed, *peaks, _figure(r["start_seconds"], 1)])
-    resumed = [[*_of_case(r), r["steps_before"], r["optimizer_steps"], f"{r['train_loss']:.3f}",
-                _figure(r["start_seconds"], 1), _figure(r["save_seconds"], 2)] for r in saved]  # fmt: skip
+    chosen.sort(key=lambda r: (r["shape"], r["rows"], r["tokens_per_batch"], r["cap_gib"] or 0, *_place(r)))
+    if not chosen:
+        return []
+    versions = {name: r[name] for r in chosen for name in ("torch", "transformers", "trl", "accelerate") if name in r}
+    lines = ["## Several GPUs", "", f"{chosen[0]['device_name']}: " + ", ".join(map(" ".join, versions.items())) + ".",
+             "Efficiency is tokens/s of each GPU beside the same trainer's on one, or on the fewest.", ""]  # fmt: skip
     case = ["trainer", "strategy", "shape", "rows", "tokens of a GPU's step", "GiB allowed", "GPUs"]
-    head = [*case, "tokens/s", "efficiency", "peak GiB of a GPU", "while starting", "seconds to step 1"]
-    later = [*case, "steps before", "after", "last loss", "seconds to the first step", "seconds to save"]
-    lines = _table(head, sorted(rows, key=lambda row: [str(cell) for cell in row[1:6]])) if rows else []
-    if resumed:
-        lines += ["Saved on all, and gone on with half as many:", "", *_table(later, resumed)]
-    return ["## Several GPUs", "", *lines] if lines else []
+    measured, saved = ([r for r in chosen if r["saves"] is saves] for saves in (False, True))
+    if measured:
+        head = [*case, "tokens/s", "efficiency", "peak GiB of a GPU", "while starting", "seconds to step 1"]
+        lines += _table(head, [
+            [*_of_case(r), _figure(r["tokens_per_second"]), f"{_efficiency(r, measured):.1%}",
+             _largest(r["peak_memory_gib"]), _largest(r["start_peak_gib"]), _figure(r["start_seconds"], 1)]
+            for r in measured
+        ])  # fmt: skip
+    if saved:
+        head = [*case, "steps before", "steps after", "last loss", "seconds to its first step", "seconds to save"]
+        lines += ["Saved on all, and gone on with half as many:", "", *_table(head, [
+            [*_of_case(r), r["steps_before"], r["optimizer_steps"], f"{r['train_loss']:.3f}",
+             _figure(r["start_seconds"], 1), _figure(r["save_seconds"], 2)] for r in saved
+        ])]  # fmt: skip
+    return lines
+
+
+def _efficiency(record: Record, records: list[Record]) -> float:
+    """Compare tokens/s for each device with the same work on the fewest; one device has no strategy."""
+    names = ("trainer", "shape", "rows", "tokens_per_batch")
+    alike = [r for r in records if all(r[name] == record[name] for name in names)
+             and (r["devices"] == 1 or r["strategy"] == record["strategy"])]  # fmt: skip
+    fewest = min(alike, key=lambda r: r["devices"])
+    return float(record["tokens_per_second"] / record["devices"] / (fewest["tokens_per_second"] / fewest["devices"]))
+
+
+def _place(r: Record) -> tuple[object, ...]:
+    """Where a row belongs: what went on behind what it went on from, one device before strategies."""
+    return r["resume"], r["devices"] > 1, r["strategy"], r["devices"], r["trainer"]
 
 
 def _of_case(r: Record) -> list[object]:

@@ -24,6 +24,7 @@ Where a case fails, its line says why; the others are measured all the same, and
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -146,7 +147,8 @@ def _measure(command: list[str], timeout_s: float) -> dict[str, Any]:
         except subprocess.TimeoutExpired:
             ranks = psutil.Process(process.pid).children(recursive=True)  # torchrun's sessions are not its own
             for each in (process, *ranks):
-                each.kill()
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    each.kill()
             return {"failed": f"more than {timeout_s:g} s: {process.communicate()[1][-300:]}"}
     lines = [line for line in said.splitlines() if line.startswith("{")]
     if process.returncode == 0 and lines:

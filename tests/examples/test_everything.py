@@ -9,6 +9,7 @@ import shlex
 import sys
 
 import pytest
+import torch
 
 pytest.importorskip("trl")
 EXTRA = ["--device", "cpu", "--shape", "tiny"]
@@ -130,6 +131,24 @@ def test_a_peer_on_the_same_rows(everything, benchmark_scripts, case, tmp_path, 
     assert peer["tok_s"] > peer["sup_tok_s"] > 0
     share = own["sup_tok_s"] / own["tok_s"]
     assert peer["sup_tok_s"] / peer["tok_s"] == pytest.approx(share, rel=0.02)  # the same tokens are supervised
+
+
+@pytest.mark.parametrize(
+    ("ranks", "device", "words"), [(1, "cuda", ["torchrun"]), (2, "cpu", ["GPUs only", "--strategy ddp"])]
+)
+def test_where_peers_have_no_fsdp_is_said_beforehand(everything, monkeypatch, capsys, ranks, device, words):
+    peers = importlib.import_module("peers")
+    monkeypatch.setattr(peers, "WORLD_SIZE", ranks)
+    with pytest.raises(SystemExit, match="2"):
+        peers.parse(["run", "trl", "full2k", "folder", "--strategy", "fsdp", "--device", device])
+    message = capsys.readouterr().err
+    assert all(word in message for word in words)
+
+
+def test_what_is_whole_on_each_rank_is_not_measured_as_fsdp(everything):
+    peers = importlib.import_module("peers")
+    with pytest.raises(RuntimeError, match=r"2 parameters are whole on each rank, weight first"):
+        peers.check_is_sharded(torch.nn.Linear(2, 2))
 
 
 def test_the_floor_is_the_sum_of_its_parts(benchmark_scripts, monkeypatch, capsys):

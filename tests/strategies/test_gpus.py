@@ -101,8 +101,10 @@ def scale(*options, out):
 
 def test_ddp_scales(tmp_path):
     """The 8B shape: at least 97 % of twice one GPU's speed."""
-    records = scale("--only", "ddp", "--devices", "1", "2", out=tmp_path / "ddp.jsonl")
-    assert all(record["efficiency"] >= 0.97 for record in records)
+    records = scale("--only", "ddp", "--devices", "1", "2", "--no-resume", out=tmp_path / "ddp.jsonl")
+    rates = [record["tokens_per_second"] for record in records]
+    for one, two in zip(rates[::2], rates[1::2], strict=True):
+        assert two >= 0.97 * 2 * one
 
 
 def test_a_70b_shape_trains_on_two(tmp_path):
