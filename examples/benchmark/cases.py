@@ -109,6 +109,15 @@ def summary(seconds: Sequence[float], tokens: int, supervised: int) -> dict[str,
     }
 
 
+def cap_memory(gib: float | None, device: int) -> None:
+    """Let torch take no more than so many GiB of a GPU from now on; ``None`` changes nothing."""
+    import torch
+
+    if gib is not None:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(gib * GIB / total, device)
+
+
 def expand(words: Sequence[str]) -> list[list[str]]:
     """Return one command for each combination of values, and for each part between the words ``then``.
 

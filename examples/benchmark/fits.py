@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from cases import GIB, Case, random_pairs, random_rows
+from cases import Case, cap_memory, random_pairs, random_rows
 from peft import LoraConfig
 from random_base import random_base
 from torch import Tensor
@@ -91,9 +91,7 @@ class Measured:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-            if self.cap_gib is not None:
-                total = torch.cuda.get_device_properties(0).total_memory
-                torch.cuda.set_per_process_memory_fraction(self.cap_gib * GIB / total)
+            cap_memory(self.cap_gib, 0)
 
 
 class Module(Measured, SFTModule):

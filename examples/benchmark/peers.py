@@ -29,7 +29,7 @@ from contextlib import redirect_stdout  # noqa: E402
 from importlib.metadata import version  # noqa: E402
 from typing import Any  # noqa: E402
 
-from cases import CASES, GIB, SHAPES, Case, case_of, random_pairs, random_rows, summary  # noqa: E402
+from cases import CASES, GIB, SHAPES, Case, cap_memory, case_of, random_pairs, random_rows, summary  # noqa: E402
 
 RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
@@ -236,9 +236,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     on_gpu = options.device == "cuda"
     if on_gpu:
         torch.cuda.set_device(LOCAL_RANK)
-    if options.cap_gib is not None:
-        total = torch.cuda.get_device_properties(LOCAL_RANK).total_memory
-        torch.cuda.set_per_process_memory_fraction(options.cap_gib * GIB / total, LOCAL_RANK)
+    cap_memory(options.cap_gib, LOCAL_RANK)
     with tempfile.TemporaryDirectory() as folder:
         trainer, counter = make_trainer(options, case_of(options), folder)
         built = time.perf_counter()

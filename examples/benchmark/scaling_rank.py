@@ -17,7 +17,7 @@ from typing import Any  # noqa: E402
 import lightning as L  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from cases import GIB, SHAPES  # noqa: E402
+from cases import GIB, SHAPES, cap_memory  # noqa: E402
 from random_base import random_base  # noqa: E402
 from scaling import ROW, Case  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
@@ -89,10 +89,7 @@ class Started(L.Callback):
 def run(case: Case) -> dict[str, Any]:
     """Train one case on the ranks that torchrun has started; return its figures."""
     L.seed_everything(0, verbose=False)
-    if case.cap_gib is not None:
-        device = int(os.environ["LOCAL_RANK"])
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(case.cap_gib * GIB / total, device)
+    cap_memory(case.cap_gib, int(os.environ["LOCAL_RANK"]))
     started = Started()
     callbacks: list[L.Callback] = [started, PerformanceMonitor(window=case.steps)]
     checkpoint = None

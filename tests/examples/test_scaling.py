@@ -3,6 +3,7 @@ import importlib
 import json
 import subprocess
 import sys
+import types
 
 import psutil
 import pytest
@@ -104,6 +105,28 @@ def test_trl_has_as_many_rows_of_the_same_length_behind_each_own_case(scaling, f
     assert importlib.import_module("cases").case_of(asked)[1:3] == (256, 1)
     on_cpus = scaling.parse(["--accelerator", "cpu", "--peers", "folder"])
     assert {case.strategy for case in scaling.plan(on_cpus) if case.trainer == "trl"} == {"ddp"}
+
+
+@pytest.mark.parametrize("trainer", ["lightning_qlora", "trl"])
+def test_memory_is_capped_before_anything_is_loaded(scaling, monkeypatch, trainer):
+    capped = []
+
+    def cap(fraction, device):
+        capped.append((fraction, device))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("torch.cuda.set_per_process_memory_fraction", cap)
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: types.SimpleNamespace(total_memory=24 * 2**30))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    case = scaling.Case(trainer, "fsdp", "8b", "full", 2, "gpu", 4, 2, 2048, cap_gib=6.0)
+    peers = importlib.import_module("peers")
+    monkeypatch.setattr(peers, "LOCAL_RANK", 1)
+    monkeypatch.setattr(peers, "WORLD_SIZE", 2)
+    run = {"lightning_qlora": importlib.import_module("scaling_rank").run, "trl": peers.run}[trainer]
+    with pytest.raises(KeyboardInterrupt):
+        run(peers.parse(scaling.peer_words(case, "folder")[1:]) if trainer == "trl" else case)
+    assert capped == [(0.25, 1)]
 
 
 def test_what_hangs_is_ended_with_all_that_it_started_and_says_so(scaling, tmp_path):
