@@ -149,6 +149,7 @@ def _measure(command: list[str], timeout_s: float) -> dict[str, Any]:
             for each in (process, *ranks):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     each.kill()
+            psutil.wait_procs(ranks, timeout=10)  # until what they hold is free for the next case
             return {"failed": f"more than {timeout_s:g} s: {process.communicate()[1][-300:]}"}
     lines = [line for line in said.splitlines() if line.startswith("{")]
     if process.returncode == 0 and lines:

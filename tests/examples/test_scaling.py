@@ -3,6 +3,7 @@ import importlib
 import json
 import subprocess
 import sys
+import time
 import types
 
 import psutil
@@ -74,7 +75,9 @@ def test_what_is_chosen(scaling, four_gpus, words, cases, saved):
 
 
 def test_an_own_case_is_what_its_command_measures(scaling, four_gpus):
-    options = scaling.parse(["--shape", "8b", "--tokens_per_batch", "2048", "--cap_gib", "6.5", "--steps", "7"])
+    options = scaling.parse(
+        ["--shape", "8b", "--tokens_per_batch", "2048", "--cap_gib", "6.5", "--steps", "7", "--warmup", "3"]
+    )
     cases = scaling.plan(options)
     assert len(cases) == 8
     for case in cases:
@@ -136,7 +139,9 @@ def test_what_hangs_is_ended_with_all_that_it_started_and_says_so(scaling, tmp_p
         f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}], start_new_session=True); "
         "print('waiting', file=sys.stderr, flush=True); time.sleep(60)"
     )
+    begun = time.monotonic()
     found = scaling._measure([sys.executable, "-c", parent], timeout_s=3)
+    assert time.monotonic() - begun < 30
     assert found == {"failed": "more than 3 s: waiting\n"}
     left = int(started.read_text())
     assert not psutil.pid_exists(left) or psutil.Process(left).status() == psutil.STATUS_ZOMBIE
@@ -169,7 +174,7 @@ def test_the_page_of_several_gpus(scaling, tmp_path):
     steps = {"train_loss": 6.5, "save_seconds": 0.25}
     records = [
         line(4, 1.0),
-        line(4, 40_000.0, strategy="fsdp"), line(2, 19_000.0), line(1, 10_000.0), line(4, 36_000.0),
+        line(4, 38_000.0, strategy="fsdp"), line(2, 19_000.0), line(1, 10_000.0), line(4, 36_000.0),
         line(1, 8_000.0, trainer="trl"), line(2, 12_000.0, trainer="trl"), line(2, 50.0, rows="chat"),
         {"round": 0, "group": "scaling", "command": line(4, 0.0, trainer="trl")["command"], "failed": "CUDA | out"},
         line(2, 9.0, folder="f", resume=True, steps_before=12, optimizer_steps=24, **steps),
@@ -188,7 +193,7 @@ def test_the_page_of_several_gpus(scaling, tmp_path):
         f"| lightning_qlora | ddp | {case} | 2 | 19,000 | 95.0% | 9.12 |  | 21.0 |",
         f"| trl | ddp | {case} | 2 | 12,000 | 75.0% | 9.12 |  | 21.0 |",
         f"| lightning_qlora | ddp | {case} | 4 | 36,000 | 90.0% | 9.12 |  | 21.0 |",
-        f"| lightning_qlora | fsdp | {case} | 4 | 40,000 | 100.0% | 9.12 |  | 21.0 |",
+        f"| lightning_qlora | fsdp | {case} | 4 | 38,000 | 95.0% | 9.12 |  | 21.0 |",
         f"| lightning_qlora | ddp | {case} | 4 | 0 | 12 | 6.500 | 21.0 | 0.25 |",
         f"| lightning_qlora | ddp | {case} | 2 | 12 | 24 | 6.500 | 21.0 | 0.25 |",
     ]
