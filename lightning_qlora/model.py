@@ -225,7 +225,9 @@ def attach_adapters(model: PreTrainedModel, lora: PeftConfig, *, token_ids_to_tr
     if isinstance(lora, LoraConfig):
         lora = _with_trainable_tokens(_with_tied_embeddings(lora, model), model, sorted(set(token_ids_to_train)))
     try:
-        with warnings.catch_warnings():
+        # Drawn on the CPU, whatever device Lightning makes the default one, as it does under some strategies: the same
+        # seed gives the same adapters everywhere. PEFT brings them to the base. A model without numbers stays one.
+        with warnings.catch_warnings(), torch.device("meta" if model.device.type == "meta" else "cpu"):
             # PEFT asks whether tied weights were meant to part; _with_tied_embeddings has just answered that.
             warnings.filterwarnings("ignore", message=".*ensure_weight_tying.*")
             peft_model = get_peft_model(model, copy.deepcopy(lora))  # PEFT writes into it

@@ -237,3 +237,16 @@ def test_a_folder_without_an_adapter_and_an_adapter_of_another_base_are_refused(
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="does not fit"):
         load_adapter(load_base_model(base), tmp_path / "adapter")
+
+
+def test_a_seed_gives_the_same_adapters_whatever_device_is_the_default(tmp_path):
+    """Lightning makes the GPU the default one while it builds a model, and not under every strategy."""
+    found = []
+    for default in ("cpu", "meta"):
+        base = load_base_model(save_tiny_model(tmp_path / default))
+        with torch.device(default):
+            torch.manual_seed(3)
+            model = attach_adapters(base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+        found.append({name: p.detach() for name, p in model.named_parameters() if p.requires_grad})
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[1][name], value) for name, value in found[0].items())

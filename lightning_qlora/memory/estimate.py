@@ -12,7 +12,7 @@ from peft import PeftModel
 
 from lightning_qlora.accounting import Storage, count_storage, logical_numel, stored_bytes
 from lightning_qlora.kernels.checkpointing import OFFLOADING, MixedPlan
-from lightning_qlora.memory.layers import decoder_layers, layer_kinds, only_layers
+from lightning_qlora.memory.layers import decoder_layers, embedding_alone, layer_kinds, only_layers
 from lightning_qlora.memory.optimizer import OptimizerMemory
 from lightning_qlora.memory.simulation import PLANS, Device, Plan, StepMemory, simulate_step
 
@@ -103,13 +103,15 @@ class MemoryModel:
         share = world_size if sharding == "fsdp" else 1
         constants = _constants(model) if sharding == "fsdp" else 0  # each rank has them all
         divided = frozen - constants
-        self.weights = constants + _divide(divided, share)
-        self.weights += _whole_units(model, share, divided) if sharding == "fsdp" else 0
+        gathered = _gathered(model, divided) if sharding == "fsdp" else _Gathered(0, 0)
+        self.weights = constants + _divide(divided, share) + gathered.whole
+        self.gathering = gathered.at_hand
         first = _while_loading(model, autocast or torch.float32, self._kinds)
         whole = divided - first.cut if sharding == "fsdp" else frozen
         cut = _divide(first.cut, share) if sharding == "fsdp" else 0
-        self.loading = constants + whole + cut + first.at_hand + trained
         self.adapters = _divide(trained, share)
+        self.loading = constants + whole + cut + first.at_hand + trained
+        self.loading = max(self.loading, self.weights + self.adapters + self.gathering)  # of the first pass
         self.gradients = _divide(trained, share)
         self.buckets = trained if sharding == "ddp" else 0
         self.optimizer = OptimizerMemory(*(_divide(nbytes, share) for nbytes in optimizer))
@@ -147,7 +149,7 @@ class MemoryModel:
         of_a_layer = max(accumulated, self.gradients // steps.num_layers)
         first_layer = steps.few_layers.backward
         moments: dict[Moment, int] = {
-            "forward": accumulated + step.forward,
+            "forward": accumulated + max(step.forward, self.gathering),
             "head": accumulated + step.head,
             "backward": max(of_a_layer + step.backward, self.gradients + first_layer),
             "optimizer": self.gradients + self.optimizer.scratch,
@@ -312,9 +314,23 @@ def _while_loading(model: PeftModel, dtype: torch.dtype, kinds: Sequence[Sequenc
     return _WhileLoading(sum(n for i, n in enumerate(packed) if i not in first), max(weight, *packed))
 
 
-def _whole_units(model: PeftModel, ranks: int, frozen: int) -> int:
-    """What sharding by layers keeps whole besides a rank's share: embedding and head, and two layers."""
+class _Gathered(NamedTuple):
+    """What sharding holds whole beside a rank's parts, which stay, in bytes.
+
+    Attributes:
+        whole: Throughout a step: the head, whatever else lies outside the layers, and two layers.
+        at_hand: When a step begins, besides: what is received is there twice, as it came and as it is used, and no
+            layer yet.
+    """
+
+    whole: int
+    at_hand: int
+
+
+def _gathered(model: PeftModel, frozen: int) -> _Gathered:
     layers = [sum(p.nbytes for p in layer.parameters()) for layer in decoder_layers(model)]
-    frozen_layers = sum(p.nbytes for p in decoder_layers(model).parameters() if not p.requires_grad)
-    whole = frozen - frozen_layers + sum(sorted(layers)[-2:])
-    return whole - _divide(whole, ranks)
+    outside = frozen - sum(p.nbytes for p in decoder_layers(model).parameters() if not p.requires_grad)
+    embedding = embedding_alone(model)
+    alone = 0 if embedding is None else sum(p.nbytes for p in embedding.parameters())
+    two_layers = sum(sorted(layers)[-2:])
+    return _Gathered(outside - alone + two_layers, max(outside - alone, 2 * alone) - two_layers)

@@ -11,12 +11,24 @@ from torch import nn
 from lightning_qlora.accounting import logical_numel, stored_bytes
 from lightning_qlora.model import base_model
 
-__all__ = ["decoder_layers", "layer_kinds", "only_layers"]
+__all__ = ["decoder_layers", "embedding_alone", "layer_kinds", "only_layers"]
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:
     """Return the decoder layers of a model with adapters."""
     return getattr(*_place_of_layers(model))  # type: ignore[no-any-return]
+
+
+def embedding_alone(model: Any) -> nn.Module | None:
+    """Return the embedding if a strategy that cuts models up can gather it for its own use, and let it go after that.
+
+    It can where the embedding is no head, and nothing of it is trained, so that no gradient comes back to it.
+    """
+    base: Any = base_model(model)
+    embedding: nn.Module = base.get_input_embeddings()
+    of_head = {id(parameter) for parameter in base.get_output_embeddings().parameters()}
+    used_again = any(p.requires_grad or id(p) in of_head for p in embedding.parameters())
+    return None if used_again else embedding
 
 
 def layer_kinds(model: Any) -> list[list[int]]:

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 from typing_extensions import override
 
 from lightning_qlora.checkpoints.random_state import capture_random_state, restore_random_state
-from lightning_qlora.memory.layers import decoder_layers
+from lightning_qlora.memory.layers import decoder_layers, embedding_alone
 from lightning_qlora.model import base_model
 from lightning_qlora.strategies.integer_parameters import integer_parameters
 from lightning_qlora.strategies.sharded_load import ShardedLoad, laid_out
@@ -31,9 +31,10 @@ class FSDP2Strategy(ModelParallelStrategy):
     """FSDP2: each rank holds its part of every decoder layer, and gathers one layer at a time.
 
     The bytes of 4-bit weights are cut up as they are stored; their constants (an eighth of a bit a weight with double
-    quantisation) stay whole on each rank. Embedding, head and whatever else lies outside the layers are cut up too, and
-    gathered for the length of a step. Adapters, gradients and optimizer state are sharded with their layers. Dtypes are
-    left as they are, so that a step computes what it computes under DDP; ``bf16-mixed`` works as everywhere.
+    quantisation) stay whole on each rank. Embedding, head and whatever else lies outside the layers are cut up too: the
+    embedding is gathered for its own use where nothing of it is trained, the rest for the length of a step. Adapters,
+    gradients and optimizer state are sharded with their layers. Dtypes are left as they are, so that a step computes
+    what it computes under DDP; ``bf16-mixed`` works as everywhere.
 
     Checkpoints hold adapters and their optimizer state. Gathered into one file, the default, they resume on any number
     of devices, with this strategy or another. The base is never gathered.
@@ -113,8 +114,9 @@ class FSDP2Strategy(ModelParallelStrategy):
         offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if self.cpu_offload else OffloadPolicy()
         device = torch.device("cpu") if self.cpu_offload else self.root_device
         with laid_out(model, device), integer_parameters():
-            for layer in decoder_layers(model):
-                fully_shard(layer, mesh=mesh, offload_policy=offload)
+            for part in (embedding_alone(model), *decoder_layers(model)):
+                if part is not None:
+                    fully_shard(part, mesh=mesh, offload_policy=offload)
             # Not the PeftModel: generate() calls the model inside it, and hooks would not run. The rest stays gathered
             # until the backward pass is done, since the loss calls the head after the forward pass is.
             fully_shard(base_model(model), mesh=mesh, reshard_after_forward=False, offload_policy=offload)
@@ -152,7 +154,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             module.training = True
 
     def _let_go(self) -> None:
-        """Drop what a forward pass without a backward pass has left gathered: embedding and head."""
+        """Drop what a forward pass without a backward pass has left gathered, such as the head."""
         if self._sharded is not None:
             base: Any = base_model(self._sharded)
             assert isinstance(base, FSDPModule)

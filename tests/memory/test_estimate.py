@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig
 from tiny_models import tiny_config
 
+from lightning_qlora.accounting import stored_bytes
 from lightning_qlora.memory import (
     PLANS,
     MemoryModel,
@@ -101,12 +102,29 @@ def test_ranks():
     assert ddp.estimate(64).peak - alone.estimate(64).peak == alone.gradients
     assert replace(ddp.estimate(64), gradients=0, peak=0) == replace(alone.estimate(64), gradients=0, peak=0)
 
-    fsdp = memory_model(sharding="fsdp", world_size=4)
+    alone, fsdp = memory_model(layers=24), memory_model(layers=24, sharding="fsdp", world_size=4)
     assert fsdp.gradients == alone.gradients // 4
     assert fsdp.optimizer.state == -(alone.optimizer.state // -4)
     assert alone.weights / 4 < fsdp.weights < alone.weights
     assert fsdp.estimate(64).activations == alone.estimate(64).activations
     assert fsdp.loading < alone.loading
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_sharding_holds_a_part_and_what_is_gathered_whole(tied):
+    """By hand: parts stay while their whole is there; an embedding that is no head is let go before the layers run."""
+    config = tiny_config(num_hidden_layers=24, vocab_size=10_000, hidden_size=64, tie_word_embeddings=tied)
+    skeleton = build_skeleton(config, lora_config(), dtype=torch.float32)
+    model = MemoryModel(skeleton, OptimizerMemory(0), autocast=None, sharding="fsdp", world_size=2)
+    alone = MemoryModel(skeleton, OptimizerMemory(0), autocast=None)
+    matrix, layers = 4 * 64 * 10_000, skeleton.get_base_model().model.layers
+    layer = sum(p.nbytes for p in layers[0].parameters())
+    constants = sum(stored_bytes(p) - p.nbytes for p in skeleton.parameters())  # which every rank has
+    parts = (alone.weights + constants) / 2
+    assert model.weights == pytest.approx(parts + matrix + 2 * layer, rel=0.001)
+    assert model.gathering == pytest.approx((1 if tied else 2) * matrix - 2 * layer, rel=0.001)
+    peak = parts + model.adapters + (2 if tied else 3) * matrix
+    assert model.estimate(8).peak == pytest.approx(peak, rel=0.001)
 
 
 def test_the_fastest_plan_that_fits():

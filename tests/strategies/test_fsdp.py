@@ -74,6 +74,36 @@ def test_the_bytes_of_the_base_stay_and_each_rank_holds_half(base, tmp_path, cap
     assert ranks[1]["length"] < 6
 
 
+class WhatIsWhole(L.Callback):
+    """Whether embedding and head are gathered when the loss is there."""
+
+    def on_before_backward(self, trainer, module, loss):
+        base = module.model.get_base_model()
+        both = base.get_input_embeddings(), base.get_output_embeddings()
+        self.whole = [not isinstance(next(each.parameters()), DTensor) for each in both]
+
+
+@pytest.mark.parametrize(
+    ("tied", "lora", "whole"),
+    [
+        (False, {}, [False, True]),
+        (False, {"trainable_token_indices": {"embed_tokens": [3]}}, [True, True]),
+        (True, {}, [True, True]),  # one matrix is both
+    ],
+    ids=["frozen", "trained", "tied"],
+)
+def test_a_frozen_embedding_is_let_go_before_the_layers_run(tmp_path, tied, lora, whole):
+    base = save_tiny_model(tmp_path / "base", tie_word_embeddings=tied)
+
+    def run():
+        look = WhatIsWhole()
+        trainer = tiny_trainer(tmp_path, look, strategy=FSDP2Strategy(), enable_checkpointing=False, **SEVERAL)
+        trainer.fit(tiny_module(base, lora=lora), datamodule=TinyData(batches=2))
+        return look.whole
+
+    assert run_ranks(tmp_path / "ranks", run) == [whole] * 2
+
+
 # Checkpoints
 
 
