@@ -40,8 +40,8 @@ def read(path: Path) -> list[Record]:
 def _median(records: list[Record]) -> Record:
     whole = [record for record in records if "failed" not in record] or records
     merged = dict(whole[0], rounds=len(whole))
-    for name in ("tok_s", "sup_tok_s", "peak_gib", "mean_step_ms", "build_s", "first_step_s"):
-        if name in merged:
+    for name in ("tok_s", "sup_tok_s", "peak_gib", "mean_step_ms", "build_s", "first_step_s", "tokens_per_second"):
+        if isinstance(merged.get(name), int | float):  # the peaks of several ranks are not one number
             merged[name] = statistics.median(record[name] for record in whole)
     return merged
 
@@ -200,8 +200,9 @@ def _largest(gib: list[float | None]) -> str:
 
 def failures(records: list[Record]) -> list[str]:
     """List what did not run."""
-    rows = [[f"`{r['command']}`", str(r.get("stderr", r["failed"]))[-160:].replace("|", "/")]
-            for r in records if "failed" in r and "passed" not in r]  # fmt: skip
+    failed = [record for record in records if "failed" in record and "passed" not in record]
+    said = [str(r["stderr"])[-160:] if "stderr" in r else str(r["failed"])[:160] for r in failed]
+    rows = [[f"`{r['command']}`", words.replace("|", "/")] for r, words in zip(failed, said, strict=True)]
     return ["## Failed", "", *_table(["command", "what it said"], rows)] if rows else []
 
 

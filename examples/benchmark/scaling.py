@@ -113,18 +113,20 @@ def peer_words(case: Case, checkpoint: str) -> list[str]:
     return ["peers.py", "run", "trl", _PEER_CASES[case.rows], checkpoint, *words]
 
 
-def launch(case: Case, checkpoint: str | None = None, timeout_s: float = 900) -> dict[str, Any]:
+def launch(case: Case, checkpoint: str | None = None, timeout_s: float = 900, repetition: int = 0) -> dict[str, Any]:
     """Run one case in processes of its own; what goes wrong there is part of the record.
 
     Args:
         case: What to run.
         checkpoint: The folder that TRL loads.
         timeout_s: Seconds after which all processes are ended.
+        repetition: The round that the record is of.
     """
     print(f"{case.command} ...", file=sys.stderr, flush=True)
     begun = time.monotonic()
     fields = asdict(case)
-    record = {"round": 0, "group": "scaling", "command": case.command, **fields, "saves": fields["folder"] is not None}
+    saves = fields["folder"] is not None
+    record = {"round": repetition, "group": "scaling", "command": case.command, **fields, "saves": saves}
     del record["folder"]
     if case.trainer == "trl":
         script, *words = peer_words(case, str(checkpoint))
@@ -239,6 +241,7 @@ def parse(args: list[str] | None) -> argparse.Namespace:
         help="also TRL, from a random checkpoint in this folder, made if there is none (8b: 16 GB); all cases are of "
         "one shape then, 8b unless --shape says another",
     )  # fmt: skip
+    parser.add_argument("--round", type=int, default=0, help="which repetition this is; the page shows medians")
     parser.add_argument("--timeout_s", type=float, default=900, help="of one case")
     parser.add_argument("--out", type=Path, help="also add the JSON lines to this file, each as it comes")
     options = parser.parse_args(args)
@@ -268,7 +271,7 @@ def main(args: list[str] | None = None) -> int:
     records: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for case in [*plan(options), *resuming(options, folder)]:
-            records.append(launch(case, options.peers, options.timeout_s))
+            records.append(launch(case, options.peers, options.timeout_s, options.round))
             line = json.dumps(records[-1])
             print(line, flush=True)
             if options.out is not None:

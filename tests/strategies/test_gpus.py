@@ -38,6 +38,7 @@ class Watch(L.Callback):
 
     def on_fit_start(self, trainer, module):
         self.loading = torch.cuda.max_memory_allocated()
+        torch.mm(*2 * [torch.ones(64, 64, device=module.device)])  # now there is the workspace of cuBLAS, 32 MiB
         torch.cuda.empty_cache()
         self.held = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
