@@ -174,7 +174,8 @@ def test_the_page_of_several_gpus(scaling, tmp_path):
     steps = {"train_loss": 6.5, "save_seconds": 0.25}
     records = [
         line(4, 1.0),
-        line(4, 38_000.0, strategy="fsdp"), line(2, 18_000.0), {**line(2, 20_000.0), "round": 1}, line(1, 10_000.0), line(4, 36_000.0),
+        line(4, 38_000.0, strategy="fsdp"), line(2, 18_000.0), {**line(2, 20_000.0), "round": 1},
+        line(1, 10_000.0), line(4, 36_000.0),
         line(1, 8_000.0, trainer="trl"), line(2, 12_000.0, trainer="trl"), line(2, 50.0, rows="chat"),
         {"round": 0, "group": "scaling", "command": line(4, 0.0, trainer="trl")["command"], "failed": "CUDA | out"},
         line(2, 9.0, folder="f", resume=True, steps_before=12, optimizer_steps=24, **steps),
