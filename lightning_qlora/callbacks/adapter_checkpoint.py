@@ -35,6 +35,7 @@ from lightning_qlora.checkpoints.checkpoint_io import (
 )
 from lightning_qlora.checkpoints.identity import refuse_differences
 from lightning_qlora.checkpoints.publishing import Published, open_store
+from lightning_qlora.checkpoints.relocation import relocated
 from lightning_qlora.checkpoints.run_record import describe_run, identify_run
 from lightning_qlora.ranks import gather_objects, on_rank_zero
 from lightning_qlora.redaction import scrub
@@ -452,28 +453,8 @@ class AdapterCheckpoint(ModelCheckpoint):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._run = state_dict.get("run", self._run)
-        super().load_state_dict(self._as_if_here(state_dict))
-
-    def _as_if_here(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Look for the checkpoints of a moved folder where they are now, and forget those that did not come along."""
-        old, here = str(state["dirpath"]), str(self.dirpath)
-        if old == here:
-            return state
-
-        def moved(path: str) -> str:
-            new = path.replace(old, here, 1)
-            return new if path and self._fs.exists(new) else ""
-
-        best = {new: score for path, score in state["best_k_models"].items() if (new := moved(path))}
-        worst = (max if self.mode == "min" else min)(best, key=best.__getitem__, default="")
-        return {
-            **state,
-            "dirpath": here,
-            "best_k_models": best,
-            "kth_best_model_path": worst if len(best) == self.save_top_k else "",
-            "best_model_path": moved(state["best_model_path"]) or state["best_model_path"],
-            "last_model_path": moved(state["last_model_path"]),
-        }
+        here = str(self.dirpath)
+        super().load_state_dict(relocated(state_dict, here, self._fs.exists, self.mode, self.save_top_k))
 
     @override
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:

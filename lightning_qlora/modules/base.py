@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 from typing_extensions import override
 
 from lightning_qlora.checkpoints.adapter_folder import find_adapter
@@ -42,11 +42,12 @@ from lightning_qlora.model import (
     load_adapter,
     load_base_model,
     set_activation_checkpointing,
-    untrained_token_ids,
 )
 from lightning_qlora.modules.forward import SupervisedForward
+from lightning_qlora.modules.generation import generate_answers
 from lightning_qlora.modules.lr_schedulers import WarmupCosine
 from lightning_qlora.modules.precision import check_precision
+from lightning_qlora.modules.special_tokens import add_stop_tokens, tokens_to_train
 from lightning_qlora.redaction import scrub
 from lightning_qlora.schema import ChatDataModule, PromptBatch, SFTBatch
 from lightning_qlora.strategies import build_sharded, check_is_sharded, check_strategy, shard
@@ -224,14 +225,17 @@ class CausalLMModule(L.LightningModule):
             check_adapter(self.adapter_folder, base, data.tokenizer if data is not None else None, self.allow_mismatch)
             self.model = load_adapter(base, self.adapter_folder, is_trainable=True).train()
         else:
-            tokens = self._tokens_to_train(base, data.control_token_ids if data is not None else ())
+            tokens: list[int] = []
+            if self.untrained_tokens != "ignore":
+                refuse = self.untrained_tokens == "refuse"
+                tokens = tokens_to_train(base, data, self.lora, refuse=refuse, model_name=self.model_name)
             self.model = attach_adapters(base, self.lora, token_ids_to_train=tokens)
         if self.fuses_lora(base.device.type):
             fuse_lora_if_equal(self.model)
         if self.fuses_elementwise(base.device.type):
             fuse_elementwise(self.model)
         self._hold_plan(self.layer_plan or "full")
-        self._set_stop_tokens(base, data.stop_token_ids if data is not None else ())
+        self.stop_token_ids = add_stop_tokens(base, data.stop_token_ids if data is not None else ())
         # Names are taken before a strategy wraps anything; wrapping renames parameters but not state_dict keys.
         self._adapter_keys = frozenset(name for name, p in self.named_parameters() if p.requires_grad)
         self._supervised_forward = SupervisedForward(self.model, self.isolates_documents)
@@ -271,35 +275,6 @@ class CausalLMModule(L.LightningModule):
     def _chat_data(self) -> ChatDataModule | None:
         data = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
         return data if isinstance(data, ChatDataModule) else None
-
-    def _tokens_to_train(self, base: PreTrainedModel, control_token_ids: Iterable[int]) -> list[int]:
-        """Find control tokens that the base does not know, and refuse or return them."""
-        if self.untrained_tokens == "ignore":
-            return []
-        given = getattr(self.lora, "trainable_token_indices", None) or ()
-        in_full = set(getattr(self.lora, "modules_to_save", None) or ())
-        unknown = [i for i in untrained_token_ids(base, control_token_ids) if i not in set(given)]
-        if not unknown or in_full & {"embed_tokens", "lm_head", "wte", "embed_in"}:
-            return []
-        if self.untrained_tokens == "auto":
-            rank_zero_info(f"Training the embedding rows of {len(unknown)} control tokens new to this base: {unknown}.")
-            return unknown
-        data = self._chat_data()
-        names = data.tokenizer.convert_ids_to_tokens(unknown) if data is not None else unknown
-        raise MisconfigurationException(
-            f"The chat template writes control tokens that {self.model_name!r} was never trained on: "
-            f"{', '.join(map(repr, names))}. Adapters alone cannot teach them. Write --model.untrained_tokens=auto, or "
-            f"--model.lora.trainable_token_indices={unknown}, or --model.lora.modules_to_save=[embed_tokens,lm_head], "
-            "or use a base whose own template these tokens belong to."
-        )
-
-    def _set_stop_tokens(self, base: Any, trained: Iterable[int]) -> None:
-        """Let generation stop at every terminator that training teaches, besides those the base already has."""
-        known = base.generation_config.eos_token_id
-        known = [] if known is None else [known] if isinstance(known, int) else list(known)
-        self.stop_token_ids = tuple(dict.fromkeys([*trained, *known]))
-        if self.stop_token_ids:
-            base.generation_config.eos_token_id = list(self.stop_token_ids)
 
     def _hold_plan(self, plan: Plan | MixedPlan) -> None:
         assert self.model is not None
@@ -489,26 +464,9 @@ class CausalLMModule(L.LightningModule):
             B lists of the new token ids, without the stop token.
         """
         assert self.model is not None, "configure_model has not run"
-        stop = list(self.stop_token_ids)
-        pad = stop[-1] if stop else 0  # what finished rows are filled with; trimmed below
-        config = GenerationConfig(
-            max_new_tokens=max_new_tokens or self.max_new_tokens,
-            eos_token_id=stop or None,
-            pad_token_id=pad,
-            use_cache=True,
-            **{"do_sample": False, **sampling},
-        )
-        training = self.model.training
-        self.model.eval()
-        try:
-            output = self.model.generate(
-                input_ids=input_ids.to(self.device),
-                attention_mask=attention_mask.to(self.device),
-                generation_config=config,
-            )
-        finally:
-            self.model.train(training)
-        return [_until_stop(row, stop) for row in output[:, input_ids.shape[1] :].tolist()]
+        prompts = input_ids.to(self.device), attention_mask.to(self.device)
+        longest = max_new_tokens or self.max_new_tokens
+        return generate_answers(self.model, *prompts, self.stop_token_ids, longest, sampling)
 
     @override
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
@@ -531,10 +489,6 @@ def _full(norm: Tensor) -> Tensor:
 def is_fused(optimizer: Optimizer) -> bool:
     """Whether an optimizer undoes a loss scale by itself, as fused ones do."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
-
-
-def _until_stop(tokens: list[int], stop: list[int]) -> list[int]:
-    return next((tokens[:i] for i, token in enumerate(tokens) if token in stop), tokens)
 
 
 def _example(names: list[str]) -> str:

@@ -14,7 +14,7 @@ from peft import LoraConfig
 from tiny_models import random_batch, save_tiny_model
 from torch.utils.data import DataLoader
 
-from lightning_qlora.modules import SFTModule, WarmupCosine, WarmupLinear
+from lightning_qlora.modules import SFTModule, WarmupCosine, WarmupLinear, special_tokens
 
 
 @pytest.fixture(scope="module")
@@ -141,10 +141,8 @@ def test_lightnings_own_quantisation_is_refused(base, tmp_path):
 
 
 def test_untrained_control_tokens_are_refused_with_the_remedy(base, tmp_path, monkeypatch):
-    from lightning_qlora.modules import base as module_base
-
     module = build(base)
-    monkeypatch.setattr(module_base, "untrained_token_ids", lambda model, ids: [7, 8])
+    monkeypatch.setattr(special_tokens, "untrained_token_ids", lambda model, ids: [7, 8])
     with pytest.raises(MisconfigurationException, match=r"trainable_token_indices=\[7, 8\]"):
         trainer(tmp_path).fit(module, loader())
     module = build(base, untrained_tokens="auto")
