@@ -34,7 +34,7 @@ with quick_imports():  # as the command line does
     import transformers
     from cases import CASES, GIB, SHAPES, Case, case_of, expand, summary
     from checks import curve, free_memory, gate
-    from fits import Batches, Clock, make_module, make_trainer
+    from fits import OPTIMIZERS, Batches, Clock, make_module, make_trainer
 
     from lightning_qlora import PerformanceMonitor
     from lightning_qlora.memory import PLANS, MemoryModel, build_optimizer, optimizer_memory, skeleton_of
@@ -140,6 +140,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--max_length", type=int, help="of a row, instead of the case's")
     parser.add_argument("--rows", type=int, help="in a batch, instead of the case's")
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--optimizer", default="adamw", choices=sorted(OPTIMIZERS), help="adamw is the fused one")
     parser.add_argument("--lr", type=float, help="2e-4, of a curve 1e-3")
     parser.add_argument("--steps", type=int, help="that are measured: 10, of a curve 200")
     parser.add_argument("--warmup", type=int, default=4)

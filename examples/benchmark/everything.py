@@ -80,6 +80,7 @@ MEASUREMENTS = [
         "variants", "run full2k --plan full none --compile_layers", "run chat2k_pack --plan none --compile_layers",
         "run full2k --plan full none --fused_lora false", "run full2k --plan selective",
         "run full2k --plan auto --cap_gib 24 16 8",
+        "run full2k --plan full --optimizer adamw_foreach adamw_8bit paged_adamw_8bit",
     ),
     *_own("context", "context --cap_gib 8 24 80"),
     *_own(  # rows: with the 4 of speed, 2,048 to 65,536 tokens a batch

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import bitsandbytes
 import lightning as L
 import numpy as np
 import torch
@@ -13,6 +16,7 @@ from cases import Case, cap_memory, random_pairs, random_rows
 from peft import LoraConfig
 from random_base import random_base
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from typing_extensions import override
@@ -75,6 +79,14 @@ class Batches(L.LightningDataModule):
 # The model
 
 
+OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
+    "adamw": partial(torch.optim.AdamW, weight_decay=0.0, fused=True),
+    "adamw_foreach": partial(torch.optim.AdamW, weight_decay=0.0, foreach=True),
+    "adamw_8bit": partial(bitsandbytes.optim.AdamW8bit, weight_decay=0.0),
+    "paged_adamw_8bit": partial(bitsandbytes.optim.PagedAdamW8bit, weight_decay=0.0),
+}
+
+
 class Measured:
     """A module on a random base, whose memory may be capped once the base is there, before auto looks what is free."""
 
@@ -124,7 +136,7 @@ def make_module(options: argparse.Namespace) -> Module | Preferences:
     module: Module | Preferences = kind(
         "random", lora=lora_of(options), lr=options.lr, lr_scheduler=None, activation_checkpointing=options.plan,
         fused_lora={"true": True, "false": False, "auto": "auto"}[options.fused_lora],
-        untrained_tokens="ignore", compile_layers=options.compile_layers,
+        untrained_tokens="ignore", compile_layers=options.compile_layers, optimizer=OPTIMIZERS[options.optimizer],
     )  # fmt: skip
     module.shape, module.cap_gib = options.shape, options.cap_gib
     return module

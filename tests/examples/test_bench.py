@@ -32,7 +32,10 @@ def run(bench, capsys, monkeypatch, *arguments):
 
 @pytest.mark.parametrize(
     ("case", "options"),
-    [("full2k", ["--plan", "auto"]), ("chat2k_pack", ["--plan", "offload", "--fused_lora", "true"])],
+    [
+        ("full2k", ["--plan", "auto", "--optimizer", "adamw_foreach"]),
+        ("chat2k_pack", ["--plan", "offload", "--fused_lora", "true"]),
+    ],
 )
 def test_a_measurement(bench, capsys, monkeypatch, case, options):
     code, found = run(bench, capsys, monkeypatch, "run", case, *options)
