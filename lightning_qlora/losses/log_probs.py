@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from lightning_qlora.parts import whole
+
 __all__ = ["chunk_positions", "head_log_probs"]
 
 _BUDGET = 640 * 2**20
@@ -55,11 +57,18 @@ def head_log_probs(
         token. With N = 0 they are empty and still reach ``hidden_ND`` and a trained head: other ranks wait for the
         gradients of all that is trained.
     """
-    if targets_N.numel() == 0:
-        reached = hidden_ND if _is_frozen(head) else head(hidden_ND)
-        return reached.float().sum(-1), targets_N.bool()
-    if chunk_size is None:
-        chunk_size = chunk_positions(_vocab_size(head, hidden_ND), frozen=_is_frozen(head))
+    with whole(head):  # once for all chunks, of which each rank has its own number
+        if targets_N.numel() == 0:
+            reached = hidden_ND if _is_frozen(head) else head(hidden_ND)
+            return reached.float().sum(-1), targets_N.bool()
+        if chunk_size is None:
+            chunk_size = chunk_positions(_vocab_size(head, hidden_ND), frozen=_is_frozen(head))
+        return _log_probs(hidden_ND, head, targets_N, chunk_size)
+
+
+def _log_probs(
+    hidden_ND: Tensor, head: Callable[[Tensor], Tensor], targets_N: Tensor, chunk_size: int
+) -> tuple[Tensor, Tensor]:
     if torch.is_grad_enabled() and hidden_ND.requires_grad and _is_frozen(head):
         log_probs_N, correct_N = _FrozenHeadLogProbs.apply(hidden_ND, head, targets_N, chunk_size)  # type: ignore[no-untyped-call]
         return log_probs_N, correct_N

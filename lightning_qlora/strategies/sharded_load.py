@@ -6,7 +6,6 @@ import os
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -14,7 +13,7 @@ from bitsandbytes.nn import Int8Params
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
@@ -24,14 +23,13 @@ from torch.nn.modules.module import (
 from transformers import modeling_utils
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from lightning_qlora.parts import Place, cut, cut_parameters, gather, put_back
 from lightning_qlora.ranks import agree
 
 __all__ = ["ShardedLoad", "laid_out"]
 
 _WRAPPED = ("base_layer", "original_module")
 """The names under which PEFT's layers hold the module that they stand for."""
-
-_CLASS = "class_when_whole"
 
 
 class ShardedLoad:
@@ -57,8 +55,8 @@ class ShardedLoad:
         self._stays_whole: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
         self._kinds: set[Any] = set()
         self._wrapped: nn.Module | None = None
-        self._of_wrapped: list[_Place] = []
-        self._of_running: dict[nn.Module, list[_Place]] = {}
+        self._of_wrapped: list[Place] = []
+        self._of_running: dict[nn.Module, list[Place]] = {}
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -115,8 +113,7 @@ class ShardedLoad:
             self._of_running[module] = _gather(module, self._device)
 
     def _after_forward(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        for place in self._of_running.pop(module, ()):
-            place.module._parameters[place.name] = place.cut
+        put_back(self._of_running.pop(module, []))
 
     def _layer_of(self, module: nn.Module | None) -> nn.Module | None:
         while module is not None and not isinstance(module, GradientCheckpointingLayer):
@@ -130,59 +127,15 @@ class ShardedLoad:
             self._kinds.add(kind)
         return self._stays_whole[layer]
 
-    @torch.no_grad()
     def _cut(self, parameter: Tensor) -> nn.Parameter:
-        whole = parameter.as_subclass(Tensor).contiguous()
-        parts, rank = whole.chunk(self._mesh.size()), self._mesh.get_local_rank()
-        part = (parts[rank] if rank < len(parts) else whole[:0]).clone()
-        sharded = DTensor.from_local(
-            part, self._mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride()
-        )
-        cut = nn.Parameter(sharded, requires_grad=parameter.requires_grad)
-        vars(cut).update(vars(parameter))  # how a 4-bit weight was quantised, and that it has been loaded
-        vars(cut)[_CLASS] = type(parameter)
-        return cut
+        return cut(parameter, self._mesh)
 
 
-@dataclass(slots=True)
-class _Place:
-    """Where a parameter was cut up and is whole for a while."""
-
-    module: nn.Module
-    name: str
-    cut: nn.Parameter
-
-    @property
-    def parameter(self) -> nn.Parameter:
-        parameter = self.module._parameters[self.name]
-        assert parameter is not None
-        return parameter
-
-
-@torch.no_grad()
-def _gather(root: nn.Module, device: torch.device) -> list[_Place]:
-    """Make every parameter below a module whole, on a device; return where they are."""
-    parameters, places = _cut_parameters(root), []
-    if parameters:
+def _gather(root: nn.Module, device: torch.device) -> list[Place]:
+    """Make what is below a module whole, once all ranks have come so far."""
+    if cut_parameters(root):
         agree()
-    for module, name, cut in parameters:
-        attributes = dict(vars(cut))
-        kind = attributes.pop(_CLASS)
-        whole = torch.Tensor._make_subclass(kind, cut.full_tensor().to(device), cut.requires_grad)
-        vars(whole).update(attributes)
-        module._parameters[name] = whole
-        places.append(_Place(module, name, cut))
-    return places
-
-
-def _cut_parameters(root: nn.Module) -> list[tuple[nn.Module, str, Any]]:
-    """List the modules, names and parameters below a module that are cut up."""
-    return [
-        (module, name, parameter)
-        for module in root.modules()
-        for name, parameter in module._parameters.items()
-        if isinstance(parameter, DTensor)
-    ]
+    return gather(root, device)
 
 
 @contextmanager
@@ -193,15 +146,15 @@ def laid_out(model: nn.Module, device: torch.device) -> Iterator[None]:
         model: With parameters that :class:`ShardedLoad` has cut up, and others.
         device: Where the parts are to be.
     """
-    cut = _cut_parameters(model)
-    empty = {parameter: _without_data(parameter) for _, _, parameter in cut}
-    for module, name, parameter in cut:
+    parts = cut_parameters(model)
+    empty = {parameter: _without_data(parameter) for _, _, parameter in parts}
+    for module, name, parameter in parts:
         module._parameters[name] = empty[parameter]
     del empty
     yield
     filled: dict[Any, nn.Parameter] = {}
-    while cut:
-        module, name, parameter = cut.pop()  # so that of each part there is one copy at a time
+    while parts:
+        module, name, parameter = parts.pop()  # so that of each part there is one copy at a time
         sharded = module._parameters[name]
         if sharded not in filled:
             filled[sharded] = _filled(sharded, parameter, device)
