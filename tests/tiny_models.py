@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit
-from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "mistral", "phi3")
@@ -106,15 +105,18 @@ def pad_batch(documents: list[torch.Tensor], masks: list[torch.Tensor]) -> dict[
     }
 
 
-def digests(model: nn.Module) -> dict[str, str]:
-    """Of each 4-bit weight, whole, and of the constants that dequantise it."""
+def digests(model: PreTrainedModel) -> dict[str, str]:
+    """Of each 4-bit weight, whole, and of the constants that dequantise it; of the embedding and of the head."""
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, Linear4bit):
-            weight, state = module.weight, module.quant_state
-            data = weight.full_tensor() if isinstance(weight, DTensor) else weight.data
-            parts = (data, state.absmax, state.state2.absmax, state.offset)
-            found[name.removesuffix(".base_layer")] = hashlib.sha256(
-                b"".join(p.cpu().reshape(-1).view(torch.uint8).numpy().tobytes() for p in parts)
-            ).hexdigest()
-    return found
+            state = module.quant_state
+            parts = (module.weight, state.absmax, state.state2.absmax, state.offset)
+            found[name.removesuffix(".base_layer")] = _digest(*parts)
+    both = {"embedding": model.get_input_embeddings(), "head": model.get_output_embeddings()}
+    return found | {name: _digest(module.weight) for name, module in both.items()}
+
+
+def _digest(*tensors: torch.Tensor) -> str:
+    wholes = [(t.full_tensor() if isinstance(t, DTensor) else t).detach() for t in tensors]
+    return hashlib.sha256(b"".join(t.cpu().reshape(-1).view(torch.uint8).numpy().tobytes() for t in wholes)).hexdigest()

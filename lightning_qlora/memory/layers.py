@@ -11,7 +11,7 @@ from torch import nn
 from lightning_qlora.accounting import logical_numel, stored_bytes
 from lightning_qlora.model import base_model
 
-__all__ = ["decoder_layers", "embedding_alone", "layer_kinds", "only_layers"]
+__all__ = ["decoder_layers", "embedding_alone", "head_alone", "layer_kinds", "only_layers"]
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:
@@ -24,11 +24,23 @@ def embedding_alone(model: Any) -> nn.Module | None:
 
     It can where the embedding is no head, and nothing of it is trained, so that no gradient comes back to it.
     """
-    base: Any = base_model(model)
-    embedding: nn.Module = base.get_input_embeddings()
-    of_head = {id(parameter) for parameter in base.get_output_embeddings().parameters()}
-    used_again = any(p.requires_grad or id(p) in of_head for p in embedding.parameters())
-    return None if used_again else embedding
+    return _alone(model, base_model(model).get_input_embeddings())
+
+
+def head_alone(model: Any) -> nn.Module | None:
+    """Return the head if a strategy that cuts models up can gather it for the loss, and let it go before the gradients.
+
+    It can where the head is no embedding, and nothing of it is trained: then the loss forms the gradient of the hidden
+    states at once (:class:`lightning_qlora.losses.log_probs._FrozenHeadLogProbs`).
+    """
+    return _alone(model, base_model(model).get_output_embeddings())
+
+
+def _alone(model: Any, module: Any) -> nn.Module | None:
+    own = {id(p) for p in module.parameters()}
+    elsewhere = {id(p) for each in {*model.modules()} - {*module.modules()} for p in each._parameters.values()}
+    is_used_again = own & elsewhere or any(p.requires_grad for p in module.parameters())
+    return None if is_used_again else module
 
 
 def layer_kinds(model: Any) -> list[list[int]]:

@@ -87,7 +87,7 @@ class SupervisedForward:
 def _call_through(outer: nn.Module, inner: Callable[..., Any], **inputs: Any) -> Any:
     """Call a part of a module in place of its forward, so that the hooks of the whole run around it.
 
-    A strategy that shards the model gathers in such hooks what lies outside of its layers: embedding, norm and head.
+    A strategy that shards the model gathers in such hooks what lies outside of its layers, such as the last norm.
     """
     before = vars(outer).get("forward")  # some libraries put one on the instance
     outer.forward = lambda **inputs: inner(**inputs)  # a module would become a child of that name

@@ -19,8 +19,9 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 from typing_extensions import override
 
 from lightning_qlora.checkpoints.random_state import capture_random_state, restore_random_state
-from lightning_qlora.memory.layers import decoder_layers, embedding_alone
+from lightning_qlora.memory.layers import decoder_layers, embedding_alone, head_alone
 from lightning_qlora.model import base_model
+from lightning_qlora.parts import cut_until_used
 from lightning_qlora.strategies.integer_parameters import integer_parameters
 from lightning_qlora.strategies.sharded_load import ShardedLoad, laid_out
 
@@ -32,9 +33,9 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     The bytes of 4-bit weights are cut up as they are stored; their constants (an eighth of a bit a weight with double
     quantisation) stay whole on each rank. Embedding, head and whatever else lies outside the layers are cut up too: the
-    embedding is gathered for its own use where nothing of it is trained, the rest for the length of a step. Adapters,
-    gradients and optimizer state are sharded with their layers. Dtypes are left as they are, so that a step computes
-    what it computes under DDP; ``bf16-mixed`` works as everywhere.
+    embedding is gathered for its own use, and the head for the loss, where they are two matrices and nothing of them is
+    trained; the rest for the length of a step. Adapters, gradients and optimizer state are sharded with their layers.
+    Dtypes are left as they are, so that a step computes what it computes under DDP; ``bf16-mixed`` works as everywhere.
 
     Checkpoints hold adapters and their optimizer state. Gathered into one file, the default, they resume on any number
     of devices, with this strategy or another. The base is never gathered.
@@ -113,13 +114,24 @@ class FSDP2Strategy(ModelParallelStrategy):
         mesh = self.device_mesh["data_parallel"]
         offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if self.cpu_offload else OffloadPolicy()
         device = torch.device("cpu") if self.cpu_offload else self.root_device
+        head = head_alone(model)
         with laid_out(model, device), integer_parameters():
             for part in (embedding_alone(model), *decoder_layers(model)):
                 if part is not None:
                     fully_shard(part, mesh=mesh, offload_policy=offload)
             # Not the PeftModel: generate() calls the model inside it, and hooks would not run. The rest stays gathered
-            # until the backward pass is done, since the loss calls the head after the forward pass is.
-            fully_shard(base_model(model), mesh=mesh, reshard_after_forward=False, offload_policy=offload)
+            # until the backward pass is done, since the loss calls a trained head after the forward pass is.
+            fully_shard(
+                base_model(model),
+                mesh=mesh,
+                reshard_after_forward=False,
+                offload_policy=offload,
+                ignored_params=None if head is None else {*head.parameters()},
+            )
+        if head is not None:
+            # No group of FSDP2's: the loss calls the head chunk by chunk, each with a backward pass of its own, which
+            # FSDP2's hooks would take for that of the step.
+            cut_until_used(head, mesh, device)
         self._sharded = model
 
     @override

@@ -75,33 +75,85 @@ def test_the_bytes_of_the_base_stay_and_each_rank_holds_half(base, tmp_path, cap
 
 
 class WhatIsWhole(L.Callback):
-    """Whether embedding and head are gathered when the loss is there."""
+    """Whether embedding and head are gathered when a decoder layer runs, when the head does, when the loss is there."""
+
+    def on_train_start(self, trainer, module):
+        base = module.model.get_base_model()
+        self.both = base.get_input_embeddings(), base.get_output_embeddings()
+        self.whole = {}
+        for name, part in (("layer", base.get_decoder().layers[0]), ("head", self.both[1])):
+            part.register_forward_pre_hook(lambda *_, name=name: self.look(name))
+
+    def look(self, moment):
+        self.whole[moment] = [not isinstance(next(each.parameters()), DTensor) for each in self.both]
 
     def on_before_backward(self, trainer, module, loss):
-        base = module.model.get_base_model()
-        both = base.get_input_embeddings(), base.get_output_embeddings()
-        self.whole = [not isinstance(next(each.parameters()), DTensor) for each in both]
+        self.look("loss")
+
+
+ALONE, EMBEDDING_KEPT, HEAD_KEPT, BOTH_KEPT = (
+    {"layer": [embedding, head], "head": [embedding, True], "loss": [embedding, head]}
+    for embedding, head in ((False, False), (True, False), (False, True), (True, True))
+)
 
 
 @pytest.mark.parametrize(
     ("tied", "lora", "whole"),
     [
-        (False, {}, [False, True]),
-        (False, {"trainable_token_indices": {"embed_tokens": [3]}}, [True, True]),
-        (True, {}, [True, True]),  # one matrix is both
+        (False, {}, ALONE),
+        (False, {"trainable_token_indices": {"embed_tokens": [3]}}, EMBEDDING_KEPT),
+        (False, {"modules_to_save": ["lm_head"]}, HEAD_KEPT),
+        (True, {}, BOTH_KEPT),  # one matrix is both
     ],
-    ids=["frozen", "trained", "tied"],
+    ids=["frozen", "trained embedding", "trained head", "tied"],
 )
-def test_a_frozen_embedding_is_let_go_before_the_layers_run(tmp_path, tied, lora, whole):
+def test_frozen_embedding_and_head_are_whole_for_their_own_use(tmp_path, tied, lora, whole):
     base = save_tiny_model(tmp_path / "base", tie_word_embeddings=tied)
 
     def run():
         look = WhatIsWhole()
         trainer = tiny_trainer(tmp_path, look, strategy=FSDP2Strategy(), enable_checkpointing=False, **SEVERAL)
-        trainer.fit(tiny_module(base, lora=lora), datamodule=TinyData(batches=2))
+        trainer.fit(tiny_module(base, lora=lora, untrained_tokens="ignore"), datamodule=TinyData(batches=2))
         return look.whole
 
     assert run_ranks(tmp_path / "ranks", run) == [whole] * 2
+
+
+class Answers(L.Callback):
+    """What is generated between steps, and the loss of validation."""
+
+    def __init__(self):
+        self.answers, self.losses = [], []
+
+    def on_validation_end(self, trainer, module):
+        prompts = torch.tensor([[5, 6, 7]]), torch.ones(1, 3, dtype=torch.int64)
+        self.answers.append(module.generate(*prompts, max_new_tokens=6)[0])
+        self.losses.append(float(trainer.callback_metrics["val_loss"]))
+
+
+@pytest.mark.parametrize("family", ["llama", pytest.param("granite", marks=pytest.mark.slow)])
+def test_validation_and_generation_are_those_of_one_device(tmp_path, family):
+    """Granite scales its logits, so that they are not just a head of hidden states: its own forward calls the head."""
+    options = {"logits_scaling": 4.0} if family == "granite" else {}
+    base = save_tiny_model(tmp_path / "base", family, **options)
+
+    def run(devices=2, accumulate=1, strategy=None):
+        L.seed_everything(0)
+        look = Answers()
+        module = tiny_module(base, dropout=0.0, optimizer=lambda params: torch.optim.SGD(params, lr=0.1), lr=None)
+        trainer = tiny_trainer(
+            tmp_path, look, strategy=strategy or FSDP2Strategy(), devices=devices, max_epochs=2,
+            accumulate_grad_batches=accumulate, val_check_interval=2 * accumulate, enable_checkpointing=False,
+            use_distributed_sampler=False,
+        )  # fmt: skip
+        trainer.fit(module, datamodule=TinyData(batches=8))
+        return {"answers": look.answers, "losses": look.losses}
+
+    alone = run(devices=1, accumulate=2, strategy="auto")
+    assert len(set(alone["losses"])) == 4
+    for found in run_ranks(tmp_path / "ranks", run):
+        assert found["answers"] == alone["answers"]
+        assert found["losses"] == pytest.approx(alone["losses"], rel=1e-5)
 
 
 # Checkpoints
