@@ -12,7 +12,7 @@ from peft import PeftModel
 
 from lightning_qlora.accounting import Storage, count_storage, logical_numel, stored_bytes
 from lightning_qlora.kernels.checkpointing import OFFLOADING, MixedPlan
-from lightning_qlora.memory.layers import decoder_layers, embedding_alone, layer_kinds, only_layers
+from lightning_qlora.memory.layers import decoder_layers, embedding_alone, head_alone, layer_kinds, only_layers
 from lightning_qlora.memory.optimizer import OptimizerMemory
 from lightning_qlora.memory.simulation import PLANS, Device, Plan, StepMemory, simulate_step
 
@@ -103,15 +103,17 @@ class MemoryModel:
         share = world_size if sharding == "fsdp" else 1
         constants = _constants(model) if sharding == "fsdp" else 0  # each rank has them all
         divided = frozen - constants
-        gathered = _gathered(model, divided) if sharding == "fsdp" else _Gathered(0, 0)
+        gathered = _gathered(model, divided + trained) if sharding == "fsdp" else _Gathered(0, 0, 0)
         self.weights = constants + _divide(divided, share) + gathered.whole
         self.gathering = gathered.at_hand
+        self.head = gathered.head
         first = _while_loading(model, autocast or torch.float32, self._kinds)
         whole = divided - first.cut if sharding == "fsdp" else frozen
         cut = _divide(first.cut, share) if sharding == "fsdp" else 0
         self.adapters = _divide(trained, share)
         self.loading = constants + whole + cut + first.at_hand + trained
-        self.loading = max(self.loading, self.weights + self.adapters + self.gathering)  # of the first pass
+        first_pass = self.weights + self.adapters + max(self.gathering, self.head)
+        self.loading = max(self.loading, first_pass)
         self.gradients = _divide(trained, share)
         self.buckets = trained if sharding == "ddp" else 0
         self.optimizer = OptimizerMemory(*(_divide(nbytes, share) for nbytes in optimizer))
@@ -150,7 +152,7 @@ class MemoryModel:
         first_layer = steps.few_layers.backward
         moments: dict[Moment, int] = {
             "forward": accumulated + max(step.forward, self.gathering),
-            "head": accumulated + step.head,
+            "head": accumulated + self.head + step.head,
             "backward": max(of_a_layer + step.backward, self.gradients + first_layer),
             "optimizer": self.gradients + self.optimizer.scratch,
         }
@@ -318,19 +320,26 @@ class _Gathered(NamedTuple):
     """What sharding holds whole beside a rank's parts, which stay, in bytes.
 
     Attributes:
-        whole: Throughout a step: the head, whatever else lies outside the layers, and two layers.
-        at_hand: When a step begins, besides: what is received is there twice, as it came and as it is used, and no
-            layer yet.
+        whole: Throughout a step: two layers, and what lies outside the layers and is not gathered for its own use.
+        at_hand: When a step begins, besides: no layer yet, but what lies outside, and the embedding where it is
+            gathered by itself, twice: as it was received and as it is used. torch lets go of the first only once the
+            second is there.
+        head: While the loss is computed, besides: the head where it is gathered for that alone, once.
     """
 
     whole: int
     at_hand: int
+    head: int
 
 
-def _gathered(model: PeftModel, frozen: int) -> _Gathered:
+def _gathered(model: PeftModel, nbytes: int) -> _Gathered:
+    """Sort what is cut up, of so many bytes, by when it is whole."""
     layers = [sum(p.nbytes for p in layer.parameters()) for layer in decoder_layers(model)]
-    outside = frozen - sum(p.nbytes for p in decoder_layers(model).parameters() if not p.requires_grad)
-    embedding = embedding_alone(model)
-    alone = 0 if embedding is None else sum(p.nbytes for p in embedding.parameters())
+    outside = nbytes - sum(layers)
+    embedding, head = (
+        0 if module is None else sum(p.nbytes for p in module.parameters())
+        for module in (embedding_alone(model), head_alone(model))
+    )
+    kept = outside - embedding - head
     two_layers = sum(sorted(layers)[-2:])
-    return _Gathered(outside - alone + two_layers, max(outside - alone, 2 * alone) - two_layers)
+    return _Gathered(kept + two_layers, kept + 2 * embedding - two_layers, head)

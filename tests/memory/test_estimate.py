@@ -18,8 +18,8 @@ from lightning_qlora.memory import (
 )
 
 
-def lora_config():
-    return LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
+def lora_config(**options):
+    return LoraConfig(**{"r": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **options})
 
 
 def memory_model(family="llama", *, layers=6, **options):
@@ -110,21 +110,41 @@ def test_ranks():
     assert fsdp.loading < alone.loading
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_sharding_holds_a_part_and_what_is_gathered_whole(tied):
-    """By hand: parts stay while their whole is there; an embedding that is no head is let go before the layers run."""
+MATRIX = 4 * 64 * 10_000  # bytes of an embedding or a head
+
+
+@pytest.mark.parametrize(
+    ("tied", "lora", "kept", "alone"),
+    [
+        (False, {}, 0, {"embedding", "head"}),
+        (False, {"trainable_token_indices": {"embed_tokens": [3]}}, MATRIX, {"head"}),
+        (False, {"target_modules": ["q_proj", "lm_head"]}, MATRIX + 4 * 8 * (64 + 10_000), {"embedding"}),
+        (False, {"modules_to_save": ["lm_head"]}, 2 * MATRIX, {"embedding"}),
+        (True, {}, MATRIX, set()),
+    ],
+    ids=["frozen", "trained embedding", "adapted head", "trained head", "tied"],
+)
+def test_sharding_holds_a_part_and_what_is_gathered_whole(tied, lora, kept, alone):
+    """By hand: parts stay while their whole is there. A step begins with all but the head twice, if that is by itself;
+    the layers run with two of them and what is kept; the loss adds the head.
+    """
     config = tiny_config(num_hidden_layers=24, vocab_size=10_000, hidden_size=64, tie_word_embeddings=tied)
-    skeleton = build_skeleton(config, lora_config(), dtype=torch.float32)
+    skeleton = build_skeleton(config, lora_config(**lora), dtype=torch.float32)
     model = MemoryModel(skeleton, OptimizerMemory(0), autocast=None, sharding="fsdp", world_size=2)
-    alone = MemoryModel(skeleton, OptimizerMemory(0), autocast=None)
-    matrix, layers = 4 * 64 * 10_000, skeleton.get_base_model().model.layers
-    layer = sum(p.nbytes for p in layers[0].parameters())
+    single = MemoryModel(skeleton, OptimizerMemory(0), autocast=None)
+    layer = sum(p.nbytes for p in skeleton.get_base_model().model.layers[0].parameters())
     constants = sum(stored_bytes(p) - p.nbytes for p in skeleton.parameters())  # which every rank has
-    parts = (alone.weights + constants) / 2
-    assert model.weights == pytest.approx(parts + matrix + 2 * layer, rel=0.001)
-    assert model.gathering == pytest.approx((1 if tied else 2) * matrix - 2 * layer, rel=0.001)
-    peak = parts + model.adapters + (2 if tied else 3) * matrix
-    assert model.estimate(8).peak == pytest.approx(peak, rel=0.001)
+    parts = (single.weights + constants) / 2
+    head, embedding = MATRIX * ("head" in alone), MATRIX * ("embedding" in alone)
+    assert model.weights == pytest.approx(parts + kept + 2 * layer, rel=0.001)
+    assert model.head == pytest.approx(head, rel=0.001)
+    assert model.weights + model.gathering == pytest.approx(parts + 2 * (kept + embedding), rel=0.001)
+    estimate = model.estimate(8)
+    logits = estimate.activations + estimate.logits
+    at_start, at_loss = 2 * (kept + embedding), kept + 2 * layer + head + logits
+    assert estimate.moment == ("head" if at_loss > at_start else "forward")
+    assert estimate.peak == pytest.approx(parts + model.adapters + max(at_start, at_loss), rel=0.001)
+    assert model.loading >= parts + model.adapters + 2 * (kept + embedding)
 
 
 def test_the_fastest_plan_that_fits():
