@@ -91,7 +91,10 @@ def _whole(module: nn.Module, name: str, part: Any, device: torch.device | None)
     at_hand = DTensor.from_local(
         part.to_local(), part.device_mesh, part.placements, run_check=False, shape=part.shape, stride=part.stride()
     )
-    gathered: nn.Parameter = torch.Tensor._make_subclass(kind, at_hand.full_tensor().to(device), part.requires_grad)
+    data = at_hand.full_tensor()
+    gathered: nn.Parameter = torch.Tensor._make_subclass(
+        kind, data if device is None else data.to(device), part.requires_grad
+    )
     vars(gathered).update(attributes)
     return gathered
 

@@ -267,7 +267,8 @@ class CausalLMModule(L.LightningModule):
         """Run the model on a batch; return what predicts its supervised tokens, and the head that reads it.
 
         Returns:
-            (N, D) hidden states, and a function from (n, D) of them to (n, V) logits.
+            (N, D) hidden states, and a function from (n, D) of them to (n, V) logits. All ranks call it equally often,
+            or inside of :func:`lightning_qlora.parts.whole`, as the losses do: it may be in parts.
         """
         assert self._supervised_forward is not None, "configure_model has not run"
         return self._supervised_forward(batch)
