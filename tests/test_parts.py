@@ -1,5 +1,7 @@
 """Parameters in parts are whole while they are used, and only then; on gloo processes."""
 
+import weakref
+
 import pytest
 import torch
 from tiny_ranks import run_ranks
@@ -89,6 +91,22 @@ def test_it_is_let_go_after_an_error(tmp_path):
 
     for result in run_ranks(tmp_path, run):
         assert torch.equal(result, a_head()(torch.ones(2, 4)))
+
+
+def test_nothing_holds_the_whole_until_the_backward_pass(tmp_path):
+    def run():
+        torch.distributed.init_process_group("gloo")
+        head, seen = a_head(), []
+        seen.append(weakref.ref(head.weight.untyped_storage()))
+        cut_until_used(head, init_device_mesh("cpu", (torch.distributed.get_world_size(),)), CPU)
+        head.register_forward_pre_hook(lambda *_: seen.append(weakref.ref(head.weight.untyped_storage())))
+        hidden = torch.ones(5, 4, requires_grad=True)
+        log_probs, _ = head_log_probs(hidden, head, torch.tensor([1, 2, 0, 3, 1]), chunk_size=2)
+        alive = [each() is not None for each in seen]
+        log_probs.sum().backward()
+        return alive
+
+    assert run_ranks(tmp_path, run) == [[False] * 4] * 2
 
 
 @pytest.mark.parametrize("grad", [True, False])
