@@ -6,6 +6,9 @@ longer than the device. :func:`lora_low` multiplies the input with all A and kee
 :func:`lora_products` makes the products with the weights and keeps nothing. A checkpointed layer is recomputed until
 all is there that its backward pass needs, so the product that ends the layer is not made again.
 
+Beside the letters of :mod:`lightning_qlora.schema`, shapes have R for the ranks of a group's adapters together, I for
+the width of its input and O for those of its outputs together.
+
 The adapters are added in one of two ways, forward and backward:
 
 - into the output, by ``addmm_``: a skinny product that reads and writes every output once more; or
@@ -207,8 +210,8 @@ def _low(
         constants: Of :func:`constants_of`, one weight's after another's.
         a: (rank_i, in) each.
         b: (out_i, rank_i) each.
-        a_RI: Both of :func:`_pack`.
-        b_OR: The other.
+        a_RI: (sum of ranks, in), all A, of :func:`_pack`.
+        b_OR: (sum of out, sum of ranks), all B, likewise.
         scales: Factors on the adapters' products.
         blocksize: Values of ``W_i`` that share a constant.
         quant_type: Of bitsandbytes.
