@@ -7,6 +7,9 @@
 Lines are added to the file as they are measured, and what is there already is not measured again: a run that was cut
 short goes on where it stopped. Rounds are interleaved, own and peers in turn, and the page shows their medians: there,
 each measurement has a process of its own. Other groups share one, which imports its libraries once.
+
+With ``--gpus 4`` four GPUs of a machine take one process after another from the list; a record then says how many were
+at work, since they share the host.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -22,8 +26,9 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from cases import expand
 
@@ -101,7 +106,11 @@ def plan(groups: list[str], rounds: int) -> list[tuple[int, Measurement]]:
     return [(0, each) for each in chosen] + later
 
 
-def batches(planned: list[tuple[int, Measurement]]) -> list[list[tuple[int, Measurement]]]:
+Batch: TypeAlias = list[tuple[int, Measurement]]
+"""Measurements of one process, each with its round."""
+
+
+def batches(planned: list[tuple[int, Measurement]]) -> list[Batch]:
     """Return what runs in one process: own measurements of a group that is not repeated, and anything else alone."""
 
     def process(numbered: tuple[int, tuple[int, Measurement]]) -> object:
@@ -111,7 +120,13 @@ def batches(planned: list[tuple[int, Measurement]]) -> list[list[tuple[int, Meas
     return [[item for _, item in items] for _, items in itertools.groupby(enumerate(planned), process)]
 
 
-def measure(commands: list[str], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def spread(batch: Batch, gpus: int) -> list[Batch]:
+    """Cut what one process would measure into as many parts as GPUs could."""
+    size = -(len(batch) // -gpus)
+    return [batch[start : start + size] for start in range(0, len(batch), size)]
+
+
+def measure(commands: list[str], options: argparse.Namespace, gpu: str | None = None) -> Iterator[dict[str, Any]]:
     """Run commands of one script in one process, and yield what each found as soon as it is known.
 
     What goes wrong is part of the record; if the process ends early, that of the first that did not run is the last.
@@ -122,9 +137,10 @@ def measure(commands: list[str], options: argparse.Namespace) -> Iterator[dict[s
     arguments = [sys.executable, str(HERE / script), *words[1:]]
     late: list[bool] = []
     found, other = 0, []
+    environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
     with (
         tempfile.TemporaryFile("w+") as errors,
-        subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
+        subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as process,
     ):
         try:
             while line := _next_line(process, options.timeout_s, late):
@@ -164,38 +180,84 @@ def _next_line(process: subprocess.Popen[str], seconds: float, late: list[bool])
         watch.cancel()
 
 
-def run(options: argparse.Namespace) -> int:
-    """Measure what is not in the file yet; return how many failed."""
-    begun, failed, took = time.monotonic(), 0, defaultdict[str, float](float)
-    known = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
-    done = {(each["round"], each["command"]) for each in known if "failed" not in each}
-    waiting = [item for item in plan(options.groups, options.rounds) if (item[0], item[1].command) not in done]
-    if Path(options.checkpoint).exists():
-        waiting = [item for item in waiting if not item[1].command.startswith("peers.py make")]
-    queue = batches(waiting)
-    while queue:
-        items, last = queue.pop(0), time.monotonic()
-        if last - begun > options.budget_s:
-            print(f"The budget of {options.budget_s:g} s is spent; run it again to go on.", file=sys.stderr)
-            break
-        count = 0
-        with contextlib.closing(measure([each.command for _, each in items], options)) as found:
+class Session:
+    """Measurements that wait, from which each GPU takes the next, and the file that their records are added to.
+
+    Args:
+        options: Of the command line.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.begun = time.monotonic()
+        self.failed = 0
+        self.took = defaultdict[str, float](float)
+        self.lock = threading.Lock()
+        known = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
+        done = {(each["round"], each["command"]) for each in known if "failed" not in each}
+        waiting = [item for item in plan(options.groups, options.rounds) if (item[0], item[1].command) not in done]
+        makes = [item for item in waiting if item[1].command.startswith("peers.py make")]
+        waiting = [item for item in waiting if item not in makes]
+        self.makes = [] if Path(options.checkpoint).exists() else batches(makes)  # before what needs it
+        self.queue = [part for batch in batches(waiting) for part in spread(batch, options.gpus)]
+
+    def run(self) -> int:
+        """Measure all that waits; return how many failed."""
+        gpus = [None] if self.options.gpus == 1 else visible_gpus(self.options.gpus)
+        self.work(gpus[0], self.makes)
+        with ThreadPoolExecutor(len(gpus)) as workers:
+            for done in [workers.submit(self.work, gpu, self.queue) for gpu in gpus]:
+                done.result()
+        if self.is_late and self.queue:
+            print(f"The budget of {self.options.budget_s:g} s is spent; run it again to go on.", file=sys.stderr)
+        for group, seconds in self.took.items():
+            print(f"{group} took {seconds:.0f} s.", file=sys.stderr)
+        return self.failed
+
+    @property
+    def is_late(self) -> bool:
+        """Whether no further measurement is to begin."""
+        return time.monotonic() - self.begun > self.options.budget_s
+
+    def work(self, gpu: str | None, queue: list[Batch]) -> None:
+        """Measure on one GPU until nothing waits any more."""
+        while not self.is_late:
+            with self.lock:
+                if not queue:
+                    return
+                items = queue.pop(0)
+            count = self.measure(gpu, items)
+            if count and items[count:]:  # in a new process
+                with self.lock:
+                    queue.insert(0, items[count:])
+
+    def measure(self, gpu: str | None, items: Batch) -> int:
+        """Run one process; return how many of its measurements there is a record of."""
+        last, count = time.monotonic(), 0
+        with contextlib.closing(measure([each.command for _, each in items], self.options, gpu)) as found:
             for (number, each), result in zip(items, found, strict=False):
                 now, count = time.monotonic(), count + 1
-                took[each.group] += now - last
                 record = {"round": number, "group": each.group, "command": each.command, "took_s": round(now - last, 1)}
-                record, last = record | result, now
-                failed += "failed" in record
-                print(json.dumps(record), flush=True)
-                with options.out.open("a") as file:
-                    file.write(json.dumps(record) + "\n")
-                if now - begun > options.budget_s:
+                self.note(record | ({} if gpu is None else {"gpus_at_work": self.options.gpus}) | result, now - last)
+                last = now
+                if self.is_late:
                     break
-        if count and items[count:]:  # in a new process
-            queue.insert(0, items[count:])
-    for group, seconds in took.items():
-        print(f"{group} took {seconds:.0f} s.", file=sys.stderr)
-    return failed
+        return count
+
+    def note(self, record: dict[str, Any], seconds: float) -> None:
+        """Print a record, and add it to the file."""
+        with self.lock:
+            self.took[record["group"]] += seconds
+            self.failed += "failed" in record
+            print(json.dumps(record), flush=True)
+            with self.options.out.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+
+
+def visible_gpus(count: int) -> list[str]:
+    """Return what CUDA_VISIBLE_DEVICES is to be for each of so many GPUs."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return given.split(",")[:count] if given else [str(index) for index in range(count)]
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -204,6 +266,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--checkpoint", default="/tmp/base", help="folder for the peers' random checkpoint (16 GB)")
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--rounds", type=int, default=1, help="of the group speed")
+    parser.add_argument("--gpus", type=int, default=1, help="GPUs that measure side by side, each something else")
     parser.add_argument("--budget_s", type=float, default=float("inf"), help="no measurement begins later than this")
     parser.add_argument("--timeout_s", type=float, default=300, help="of one measurement")
     known, extra = parser.parse_known_args(arguments)
@@ -212,4 +275,4 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(min(run(parse(sys.argv[1:])), 125))
+    sys.exit(min(Session(parse(sys.argv[1:])).run(), 125))

@@ -51,13 +51,13 @@ def test_own_measurements_of_a_group_share_a_process_and_repeated_ones_do_not(ev
 
 
 FAKE = """
-import json, pathlib, sys
+import json, os, pathlib, sys
 mood = pathlib.Path(__file__).with_suffix(".mood")
 for command in " ".join(sys.argv[1:]).split(" then "):
     if "--compile_layers" in command and mood.read_text() == "bad":
         print("Segmentation fault", file=sys.stderr)
         sys.exit(3)
-    print(json.dumps({"asked": command}), flush=True)
+    print(json.dumps({"asked": command, "gpu": os.environ.get("CUDA_VISIBLE_DEVICES")}), flush=True)
 """
 
 
@@ -73,9 +73,9 @@ def fake(everything, monkeypatch, tmp_path):
 def test_a_run_goes_on_where_it_stopped_and_after_a_failure(everything, fake, tmp_path, capsys):
     out = tmp_path / "r.jsonl"
     arguments = ["--out", str(out), "--groups", "gates", *EXTRA]
-    assert everything.run(everything.parse([*arguments, "--budget_s", "-1"])) == 0
+    assert everything.Session(everything.parse([*arguments, "--budget_s", "-1"])).run() == 0
     assert not out.exists()
-    assert everything.run(everything.parse(arguments)) == 2
+    assert everything.Session(everything.parse(arguments)).run() == 2
     assert "gates took" in capsys.readouterr().err
     records = [json.loads(line) for line in out.read_text().splitlines()]
     assert [r["command"] for r in records] == [m.command for m in everything.MEASUREMENTS if m.group == "gates"]
@@ -86,9 +86,29 @@ def test_a_run_goes_on_where_it_stopped_and_after_a_failure(everything, fake, tm
         else:
             assert record["asked"] == f"{record['command'].removeprefix('bench.py ')} {' '.join(EXTRA)}"
     (tmp_path / "bench.mood").write_text("good")
-    assert everything.run(everything.parse(arguments)) == 0
+    assert everything.Session(everything.parse(arguments)).run() == 0
     again = [json.loads(line)["command"] for line in out.read_text().splitlines()][len(records) :]
     assert again == [record["command"] for record in records if "failed" in record] != []
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, {"0", "1", "2"}), ("5,7,6,4", {"5", "7", "6"})])
+def test_several_gpus_measure_side_by_side(everything, fake, tmp_path, monkeypatch, given, expected):
+    """Each command once, on one of the GPUs; what the peers load is made before any of it."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if given is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    (fake / "bench.mood").write_text("good")
+    (fake / "peers.py").write_text((fake / "bench.py").read_text())
+    out = tmp_path / "r.jsonl"
+    groups = ["gates", "speed", "growth"]
+    arguments = ["--out", str(out), "--groups", *groups, "--gpus", "3", "--checkpoint", str(tmp_path / "none"), *EXTRA]
+    assert everything.Session(everything.parse(arguments)).run() == 0
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    asked = [measurement.command for measurement in everything.MEASUREMENTS if measurement.group in groups]
+    assert sorted(record["command"] for record in records) == sorted(asked)
+    assert records[0]["command"] == "peers.py make CHECKPOINT"
+    assert {record["gpu"] for record in records} == expected
+    assert {record["gpus_at_work"] for record in records} == {3}
 
 
 def test_what_a_script_prints_is_kept(everything, monkeypatch, tmp_path):
