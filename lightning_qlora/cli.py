@@ -25,6 +25,7 @@ from peft import LoftQConfig
 from typing_extensions import override
 
 from lightning_qlora.callbacks import AdapterCheckpoint, PerformanceMonitor, PredictionWriter, RunGuard, RunSummary
+from lightning_qlora.data import PreferenceDataModule, SFTDataModule
 from lightning_qlora.model import compute_dtype
 from lightning_qlora.modules import CausalLMModule
 from lightning_qlora.modules.precision import refuse_bitsandbytes_precision
@@ -45,6 +46,10 @@ _DEFAULT_CALLBACKS: dict[str, tuple[type[Callback], ...]] = {
     "test": (AdapterCheckpoint, RunGuard),
     "predict": (AdapterCheckpoint, RunGuard, PredictionWriter),
 }
+
+# jsonargparse finds a class by its short name (--data=PreferenceDataModule) among those that are imported. The rooms of
+# modules, losses and callbacks import all of theirs; that of the data waits until it is asked, for its workers' sake.
+_DATA_BY_NAME = (SFTDataModule, PreferenceDataModule)
 
 # Callbacks of Lightning that a user may give instead.
 _REPLACEMENTS: dict[type[Callback], tuple[type[Callback], ...]] = {RunSummary: (ModelSummary,)}

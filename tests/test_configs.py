@@ -46,6 +46,17 @@ def test_configuration_runs_with_a_tiny_model(config, base, workplace, capsys):
     assert list(root.rglob("metrics.csv"))
 
 
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_a_process_of_its_own_knows_every_name_in_a_configuration(config):
+    """Other tests import what the command line might have forgotten to."""
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "lightning_qlora", "fit", f"--config={config}", "--print_config"]
+    run = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=200)
+    assert run.returncode == 0, run.stderr
+    data = yaml.safe_load(run.stdout)["data"]["class_path"]
+    assert data.endswith("PreferenceDataModule" if config.stem in ("dpo", "orpo") else "SFTDataModule")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_overlay_runs_on_two_ranks(overlay, base, workplace):
