@@ -1,5 +1,6 @@
 """Parameters in parts are whole while they are used, and only then; on gloo processes."""
 
+import time
 import weakref
 
 import pytest
@@ -102,6 +103,9 @@ def test_nothing_holds_the_whole_until_the_backward_pass(tmp_path):
         head.register_forward_pre_hook(lambda *_: seen.append(weakref.ref(head.weight.untyped_storage())))
         hidden = torch.ones(5, 4, requires_grad=True)
         log_probs, _ = head_log_probs(hidden, head, torch.tensor([1, 2, 0, 3, 1]), chunk_size=2)
+        deadline = time.monotonic() + 10  # the thread that has received a tensor lets go of it in its own time
+        while any(each() is not None for each in seen) and time.monotonic() < deadline:
+            time.sleep(0.01)
         alive = [each() is not None for each in seen]
         log_probs.sum().backward()
         return alive
