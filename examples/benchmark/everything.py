@@ -191,6 +191,7 @@ class Session:
         self.options = options
         self.begun = time.monotonic()
         self.failed = 0
+        self.at_work: dict[str, int] = {}
         self.took = defaultdict[str, float](float)
         self.lock = threading.Lock()
         known = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
@@ -204,6 +205,7 @@ class Session:
     def run(self) -> int:
         """Measure all that waits; return how many failed."""
         gpus = [None] if self.options.gpus == 1 else visible_gpus(self.options.gpus)
+        self.at_work = {} if gpus == [None] else {"gpus_at_work": len(gpus)}
         self.work(gpus[0], self.makes)
         with ThreadPoolExecutor(len(gpus)) as workers:
             for done in [workers.submit(self.work, gpu, self.queue) for gpu in gpus]:
@@ -238,7 +240,7 @@ class Session:
             for (number, each), result in zip(items, found, strict=False):
                 now, count = time.monotonic(), count + 1
                 record = {"round": number, "group": each.group, "command": each.command, "took_s": round(now - last, 1)}
-                self.note(record | ({} if gpu is None else {"gpus_at_work": self.options.gpus}) | result, now - last)
+                self.note(record | self.at_work | result, now - last)
                 last = now
                 if self.is_late:
                     break

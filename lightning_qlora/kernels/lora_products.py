@@ -273,11 +273,11 @@ def _gradients(ctx: Any, gradients: Sequence[Tensor | None], *fixed: Sequence[Te
         of_outputs.append(gradient)
         lows_TR = gradient @ rows if lows_TR is None else lows_TR.addmm_(gradient, rows)
         # What is there before counts for nothing.
-        of_b.append(part.new_empty(rows.shape[0], part.shape[1]).addmm_(gradient.t(), part, beta=0, alpha=scale))
+        of_rows = part.new_empty(rows.shape[0], part.shape[1]).addmm_(gradient.t(), part, beta=0, alpha=scale)
+        of_b.append(of_rows.to(ctx.dtype))
     assert lows_TR is not None
     x = Source(ctx.source_kind, kept, ctx.source_options).form() if ctx.source_kind else kept[0]
     of_a = (lows_TR.t() @ x.reshape(-1, a_RI.shape[1])).to(ctx.dtype).split_with_sizes(ctx.ranks)
-    of_b = [each.to(ctx.dtype) for each in of_b]
     del x  # before there are more tensors as large
     of_x = None
     if ctx.needs_input_grad[0]:
