@@ -8,8 +8,9 @@ from typing import Any, TypeVar
 
 import lightning as L
 import torch.distributed as dist
+from torch import Tensor
 
-__all__ = ["RankError", "RankZeroError", "agree", "gather_objects", "on_rank_zero", "together"]
+__all__ = ["RankError", "RankZeroError", "add_up", "agree", "gather_objects", "on_rank_zero", "together"]
 
 T = TypeVar("T")
 
@@ -52,6 +53,19 @@ def gather_objects(value: T) -> list[T]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def add_up(numbers: Tensor) -> Tensor:
+    """Return the sums over all ranks, which all must ask for; a GPU's are on their way then.
+
+    A strategy's ``reduce`` lets the host wait for all that its GPU has been given before, by a barrier.
+
+    Args:
+        numbers: Of any shape, on the device of the ranks' backend; overwritten.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(numbers)
+    return numbers
 
 
 @contextmanager

@@ -9,7 +9,15 @@ from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any
 
-__all__ = ["SignalFlag", "resolve_signals"]
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import Tensor
+
+__all__ = ["SignalFlag", "resolve_signals", "tell_ranks_without_waiting"]
+
+_TELL = "_broadcast_sigterm_tensor"  # Lightning's method of the training loop
 
 
 def resolve_signals(names: Iterable[str]) -> tuple[signal.Signals, ...]:
@@ -61,3 +69,56 @@ class SignalFlag:
         # optimizer step that they feed is being finished.
         if os.getpid() == self._process and self.received is None:
             self.received = signal.Signals(number)
+
+
+def tell_ranks_without_waiting(trainer: L.Trainer) -> None:
+    """Let ranks go on while rank 0 tells them whether it has received SIGTERM.
+
+    Before each micro-batch Lightning's loop sends that, and every rank waits for the answer, which comes behind all
+    that its GPU still has to do: no rank can prepare what is next. From now on each reads the answer of the micro-batch
+    before, which has come by then. All end at the same micro-batch, one later than they would have.
+
+    Args:
+        trainer: With several ranks; one that is alone has nobody to tell.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    if hasattr(loop, _TELL):
+        setattr(loop, _TELL, _Relay(trainer))
+
+
+class _Relay:
+    """Sends at each call what rank 0 knows, and reads what it sent at the call before.
+
+    Args:
+        trainer: Which notes that it received SIGTERM.
+    """
+
+    def __init__(self, trainer: L.Trainer) -> None:
+        self._trainer = trainer
+        self._sent: tuple[Tensor, torch.cuda.Event | None] | None = None
+
+    def __call__(self) -> None:
+        """Send and read.
+
+        Raises:
+            SIGTERMException: On all ranks, if rank 0 had received it at the call before.
+        """
+        before, self._sent = self._sent, self._send()
+        if before is None:
+            return
+        answer, has_come = before
+        if has_come is not None:
+            has_come.synchronize()
+        if answer.item():
+            raise SIGTERMException
+
+    def _send(self) -> tuple[Tensor, torch.cuda.Event | None]:
+        """Return a tensor on the host, and an event after which it holds what rank 0 has sent."""
+        told = torch.full((1,), float(self._trainer.received_sigterm), device=self._trainer.strategy.root_device)
+        dist.broadcast(told, src=0)
+        answer = told.to("cpu", non_blocking=True)  # into memory that a GPU can write by itself
+        has_come = None
+        if told.is_cuda:
+            has_come = torch.cuda.Event()
+            has_come.record(torch.cuda.current_stream(told.device))
+        return answer, has_come

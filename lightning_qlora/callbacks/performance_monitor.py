@@ -19,6 +19,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_qlora.accounting import StepFlops, step_flops
+from lightning_qlora.ranks import add_up
 
 __all__ = ["PerformanceMonitor"]
 
@@ -152,9 +153,7 @@ class PerformanceMonitor(Callback):
         device = trainer.strategy.root_device
         dtype = torch.float32 if device.type == "mps" else torch.float64  # exact counts; Apple's GPUs have no float64
         counts = torch.tensor([*self._totals[1:], *self._all_tokens], device=device, dtype=dtype)
-        tokens, supervised, flops, all_tokens, all_supervised = trainer.strategy.reduce(
-            counts, reduce_op="sum"
-        ).tolist()
+        tokens, supervised, flops, all_tokens, all_supervised = add_up(counts).tolist()
         seconds = self._totals[0]
         steps = sorted(self._step_seconds) or [seconds]
         parts = [

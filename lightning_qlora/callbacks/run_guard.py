@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_qlora.callbacks.loss_spikes import LossWatch
-from lightning_qlora.ranks import gather_objects
+from lightning_qlora.ranks import add_up, gather_objects
 from lightning_qlora.signals import SignalFlag, resolve_signals
 
 __all__ = ["PREEMPTED_EXIT_CODE", "NonFiniteError", "RunGuard"]
@@ -255,9 +255,7 @@ class RunGuard(Callback):
         # new_full fills on the device; copying a number there would wait.
         count = loss_sum.new_full((), sum(_num_targets(batch) for batch, _ in window))
         told = loss_sum.new_full((), self._flag.received is not None)
-        status = torch.stack([loss_sum, count, (~torch.isfinite(largest)).float(), told])
-        if trainer.world_size > 1:
-            status = trainer.strategy.reduce(status, reduce_op="sum")
+        status = add_up(torch.stack([loss_sum, count, (~torch.isfinite(largest)).float(), told]))
         loss_sum_f, count_f, bad_gradients, any_told = status.tolist()  # the one wait
         self._leaving = any_told > 0
         if not math.isfinite(loss_sum_f) or (bad_gradients and not _scaler_copes(trainer)):

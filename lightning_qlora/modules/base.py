@@ -48,8 +48,10 @@ from lightning_qlora.modules.generation import generate_answers
 from lightning_qlora.modules.lr_schedulers import WarmupCosine
 from lightning_qlora.modules.precision import check_precision
 from lightning_qlora.modules.special_tokens import add_stop_tokens, tokens_to_train
+from lightning_qlora.ranks import add_up
 from lightning_qlora.redaction import scrub
 from lightning_qlora.schema import ChatDataModule, PromptBatch, SFTBatch
+from lightning_qlora.signals import tell_ranks_without_waiting
 from lightning_qlora.strategies import build_sharded, check_is_sharded, check_strategy, shard
 
 __all__ = ["CausalLMModule"]
@@ -258,6 +260,8 @@ class CausalLMModule(L.LightningModule):
         # A full collection walks all objects of all libraries, some tenths of a second in the middle of a step.
         gc.collect()
         gc.freeze()
+        if self.trainer.world_size > 1:
+            tell_ranks_without_waiting(self.trainer)
 
     @override
     def on_train_end(self) -> None:
@@ -342,9 +346,7 @@ class CausalLMModule(L.LightningModule):
         """
         if self._window is None:
             return
-        totals, self._window = self._window, None
-        if self.trainer.world_size > 1:
-            totals = self.trainer.strategy.reduce(totals, reduce_op="sum")
+        totals, self._window = add_up(self._window), None
         loss_sum, num_terms = totals[0], totals[1].clamp(min=1.0)
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / num_terms
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

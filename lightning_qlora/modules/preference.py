@@ -19,7 +19,7 @@ from lightning_qlora.losses.preference import AnswerLogProbs, DPOLoss, Preferenc
 from lightning_qlora.modules.base import CHECKPOINT_KEY, CausalLMModule
 from lightning_qlora.modules.preference_metrics import PreferenceMetrics
 from lightning_qlora.modules.reference import REFERENCE_ADAPTER, ReferenceTable, adapter_digest, use_adapter
-from lightning_qlora.ranks import on_rank_zero
+from lightning_qlora.ranks import add_up, on_rank_zero
 from lightning_qlora.schema import DataStage, PreferenceBatch, PreferenceData
 
 __all__ = ["PreferenceModule"]
@@ -203,8 +203,7 @@ class PreferenceModule(CausalLMModule):
             if time.monotonic() > reported + _REPORT_EVERY_SECONDS:
                 reported = time.monotonic()
                 rank_zero_info(f"Reference of {stage}: {num_done:,} answers in {reported - started:.0f} s.")
-        if self.trainer.world_size > 1:
-            sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
+        add_up(sums)
         rank_zero_info(
             f"Computed the reference log-probabilities of {int(sums[1].count_nonzero()):,} {stage} answers once, in "
             f"{time.monotonic() - started:.0f} s."
