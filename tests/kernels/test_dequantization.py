@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import bitsandbytes.functional as bnb
 import pytest
 import torch
@@ -11,6 +13,17 @@ from lightning_qlora.kernels import dequantization
 from lightning_qlora.kernels.dequantization import constants_of, dequantize_into
 
 MARGIN = 7.0
+ALIGNED = {
+    "packed",
+    "absmax",
+    "absmax2",
+    "code2",
+    "code",
+    "out",
+    "width",
+    "numel",
+    "num_bytes",
+}  # as on a GPU, not stride
 SHAPES = [(16, 256), (128, 96), (5, 66), (3, 7), (1, 64), (33, 4096)]
 
 
@@ -69,16 +82,22 @@ def test_the_kernel_compiles_for_a_gpu_that_is_not_here(nested, in_rows, tmp_pat
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
 
-    from lightning_qlora.kernels.dequantization_triton import _dequantize
+    from lightning_qlora.kernels import dequantization_triton
 
+    _dequantize = dequantization_triton._dequantize
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     pointers = {"packed": "*u8", "absmax": "*u8" if nested else "*fp32", "out": "*bf16"}
-    constants = {"NESTED": nested, "NESTED_BLOCK": 256, "BLOCK": 64, "BLOCKS": 64, "IN_ROWS": in_rows}
+    constants = {"NESTED": nested, "NESTED_BLOCK": 256, "BLOCK": 64, "BLOCKS": 64, "IN_ROWS": in_rows, "ALIGNMENT": 8}
     signature = {
         name: "constexpr" if name in constants else pointers.get(name, "*fp32") for name in _dequantize.arg_names
-    } | dict.fromkeys(("num_bytes", "numel", "width", "stride"), "i32")
-    source = triton.compiler.ASTSource(_dequantize, signature, constexprs=constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False})
+    } | dict.fromkeys(("num_bytes", "numel", "width", "stride", "tiles"), "i32")
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(_dequantize.arg_names) if n in ALIGNED}
+    source = triton.compiler.ASTSource(_dequantize, signature, constexprs=constants, attrs=aligned)
+    options = {"enable_fp_fusion": False, "num_warps": dequantization_triton._WARPS}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    moves = set(re.findall(r"(?:ld|st)\.global\S*", compiled.asm["ptx"]))
+    assert {"ld.global.v4.b32", "st.global.v4.b32"} <= moves if in_rows else moves
+    assert "st.global.b16" not in moves  # 16 bytes at once, whatever the distance of the rows
     assert "mul.rn.f32" in compiled.asm["ptx"]
     assert "fma" not in compiled.asm["ptx"]
 
