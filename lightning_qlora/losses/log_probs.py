@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from lightning_qlora.kernels.log_softmax import PLAIN_BYTES, bytes_per_logit, log_softmax_with_gradient
 from lightning_qlora.parts import whole
 
 __all__ = ["chunk_positions", "head_log_probs"]
@@ -21,17 +22,17 @@ _FEWEST_POSITIONS = 256  # fewer, and reading the head's weight takes longer tha
 _STEP = 64  # rows of a product come in tiles
 
 
-def chunk_positions(vocab_size: int, *, frozen: bool = True) -> int:
+def chunk_positions(vocab_size: int, *, frozen: bool = True, logit_bytes: int = PLAIN_BYTES) -> int:
     """Return how many positions' logits to hold at once.
-
-    For each position and token of the vocabulary there are 10 bytes at a time (the logits in bfloat16 and in float32,
-    and their log-softmax), and twice that where the head is trained and its gradients are left to autograd.
 
     Args:
         vocab_size: Logits of a position.
-        frozen: Whether no parameter of the head is trained.
+        frozen: Whether no parameter of the head is trained. Where one is, gradients are left to autograd, which takes
+            twice the bytes.
+        logit_bytes: What there is at a time for each position and token of the vocabulary, as of
+            :func:`~lightning_qlora.kernels.log_softmax.bytes_per_logit`.
     """
-    positions = _BUDGET // ((10 if frozen else 20) * vocab_size)
+    positions = _BUDGET // ((1 if frozen else 2) * logit_bytes * vocab_size)
     return max(_FEWEST_POSITIONS, min(_MOST_POSITIONS, positions // _STEP * _STEP))
 
 
@@ -62,14 +63,16 @@ def head_log_probs(
             reached = hidden_ND if _is_frozen(head) else head(hidden_ND)
             return reached.float().sum(-1), targets_N.bool()
         if chunk_size is None:
-            chunk_size = chunk_positions(_vocab_size(head, hidden_ND), frozen=_is_frozen(head))
+            chunk_size = chunk_positions(
+                _vocab_size(head, hidden_ND), frozen=_is_frozen(head), logit_bytes=_logit_bytes(head, hidden_ND)
+            )
         return _log_probs(hidden_ND, head, targets_N, chunk_size)
 
 
 def _log_probs(
     hidden_ND: Tensor, head: Callable[[Tensor], Tensor], targets_N: Tensor, chunk_size: int
 ) -> tuple[Tensor, Tensor]:
-    if torch.is_grad_enabled() and hidden_ND.requires_grad and _is_frozen(head):
+    if _forms_gradient(head, hidden_ND):
         log_probs_N, correct_N = _FrozenHeadLogProbs.apply(hidden_ND, head, targets_N, chunk_size)  # type: ignore[no-untyped-call]
         return log_probs_N, correct_N
     chunks = []
@@ -88,6 +91,28 @@ def _vocab_size(head: Callable[[Tensor], Tensor], hidden_ND: Tensor) -> int:
     return max((each.out_features for each in modules if isinstance(each, nn.Linear)), default=hidden_ND.shape[-1])
 
 
+def _logit_bytes(head: Callable[[Tensor], Tensor], hidden_ND: Tensor) -> int:
+    """Return what a logit takes, before there are any; of a head that may make more than logits, the most."""
+    if not (_forms_gradient(head, hidden_ND) and _is_linear(head)):
+        return PLAIN_BYTES
+    kind = "cuda" if hidden_ND.is_meta else hidden_ND.device.type  # a simulation of a GPU
+    is_cast = torch.is_autocast_enabled(kind)
+    return bytes_per_logit(hidden_ND, torch.get_autocast_dtype(kind) if is_cast else hidden_ND.dtype)
+
+
+def _is_linear(head: Callable[[Tensor], Tensor]) -> bool:
+    """Whether a head is one linear layer, perhaps in a module of its own, and no softcap follows it."""
+    if getattr(head, "softcap", None) is not None:
+        return False
+    children = list(head.children()) if isinstance(head, nn.Module) else []
+    return isinstance(head, nn.Linear) or (len(children) == 1 and isinstance(children[0], nn.Linear))
+
+
+def _forms_gradient(head: Callable[[Tensor], Tensor], hidden_ND: Tensor) -> bool:
+    """Whether the gradient of the hidden states is formed together with the log-probabilities."""
+    return torch.is_grad_enabled() and hidden_ND.requires_grad and _is_frozen(head)
+
+
 def _is_frozen(head: Callable[[Tensor], Tensor]) -> bool:
     parameters = getattr(head, "parameters", None)
     return parameters is not None and not any(p.requires_grad for p in parameters())
@@ -97,16 +122,6 @@ def _chunk_log_probs(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: 
     logits_NV = head(hidden)
     log_probs_NV = functional.log_softmax(logits_NV, -1, dtype=torch.float32)
     return log_probs_NV.gather(1, targets[:, None])[:, 0], logits_NV.argmax(-1) == targets
-
-
-def _with_gradient(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return log-probabilities, whether the target is the most likely, and minus the gradient by the logits."""
-    log_probs_NV = functional.log_softmax(logits_NV, -1, dtype=torch.float32)
-    log_probs_N = log_probs_NV.gather(1, targets_N[:, None])[:, 0]
-    correct_N = logits_NV.argmax(-1) == targets_N
-    negative_NV = log_probs_NV.exp_()  # d(-log p) / d logits = softmax - one at the target
-    negative_NV[torch.arange(targets_N.numel(), device=targets_N.device), targets_N] -= 1
-    return log_probs_N, correct_N, negative_NV.to(logits_NV.dtype)
 
 
 class _FrozenHeadLogProbs(torch.autograd.Function):
@@ -128,7 +143,9 @@ class _FrozenHeadLogProbs(torch.autograd.Function):
             hidden = hidden_ND[rows].detach().requires_grad_()
             with torch.enable_grad():
                 logits_NV = head(hidden)
-            log_probs_N[rows], correct_N[rows], negative_NV = _with_gradient(logits_NV.detach(), targets_N[rows])
+            log_probs_N[rows], correct_N[rows], negative_NV = log_softmax_with_gradient(
+                logits_NV.detach(), targets_N[rows]
+            )
             # Rows do not depend on one another, so the gradient of their sum holds that of each.
             (negative_ND,) = torch.autograd.grad(logits_NV, hidden, negative_NV)
             torch.neg(negative_ND, out=gradient_ND[rows])

@@ -2,8 +2,11 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_qlora.kernels.log_softmax import PLAIN_BYTES
 from lightning_qlora.losses import log_probs as log_probs_module
 from lightning_qlora.losses.log_probs import chunk_positions, head_log_probs
+from lightning_qlora.memory.simulation import _autocast_flag
+from lightning_qlora.modules.forward import Head
 
 
 @pytest.mark.parametrize("frozen", [True, False])
@@ -85,10 +88,41 @@ def test_chunks_are_as_long_as_their_memory_allows(vocab_size, frozen, positions
     assert chunk_positions(vocab_size, frozen=frozen) == positions
 
 
+@pytest.mark.parametrize(
+    ("vocab_size", "logit_bytes", "positions"),
+    [(32_000, 4, 1024), (128_256, 4, 1024), (262_144, 4, 640), (128_256, 8, 640), (2_000_000, 4, 256)],
+)
+def test_chunks_are_longer_where_a_logit_takes_less(vocab_size, logit_bytes, positions):
+    assert chunk_positions(vocab_size, logit_bytes=logit_bytes) == positions
+
+
+def test_a_logit_takes_what_the_way_it_will_go_takes(monkeypatch):
+    """Only a frozen linear head alone, with a gradient to be formed, is sure to make nothing but logits."""
+    monkeypatch.setattr(log_probs_module, "bytes_per_logit", lambda near, dtype: dtype.itemsize)
+    hidden = torch.randn(5, 16, requires_grad=True)
+    alone = nn.Linear(16, 50).requires_grad_(False)
+    capped = Head(alone, 30.0)
+
+    def taken(head, hidden=hidden):
+        return log_probs_module._logit_bytes(head, hidden)
+
+    assert taken(alone) == taken(Head(alone, None)) == 4
+    assert taken(alone, torch.randn(5, 16, dtype=torch.bfloat16, requires_grad=True)) == 2
+    with torch.autocast("cpu", torch.bfloat16):
+        assert taken(alone) == 2
+    with _autocast_flag(torch.float16):  # of the GPU that a step on the meta device stands for
+        assert taken(alone, hidden.to("meta")) == 2
+    for head in (capped, nn.Sequential(alone, nn.Tanh()), nn.Identity(), nn.Linear(16, 50), lambda hidden: hidden):
+        assert taken(head) == PLAIN_BYTES
+    assert taken(alone, hidden.detach()) == PLAIN_BYTES
+    with torch.no_grad():
+        assert taken(alone) == PLAIN_BYTES
+
+
 def test_the_vocabulary_is_that_of_the_heads_largest_layer_or_of_logits_themselves(monkeypatch):
     asked = []
 
-    def note(vocab_size, *, frozen):
+    def note(vocab_size, *, frozen, logit_bytes):
         asked.append((vocab_size, frozen))
         return 3
 
