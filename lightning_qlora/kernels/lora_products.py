@@ -28,6 +28,8 @@ from torch.autograd.function import once_differentiable
 
 from lightning_qlora.kernels.dequantization import dequantize_into, has_kernel, is_fast, quant_state
 from lightning_qlora.kernels.elementwise import Source
+from lightning_qlora.kernels.launching import are_operators_wanted
+from lightning_qlora.kernels.lora_gradients import both_products, product
 
 __all__ = ["Ways", "choose_ways", "lora_low", "lora_products", "pack_adapters"]
 
@@ -84,10 +86,6 @@ def cheaper_ways(width: int, widths: Sequence[int]) -> Ways:
 # operators: torch.compile, a count of memory. Otherwise as functions of autograd.
 
 
-def _are_operators_wanted() -> bool:
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-
-
 class _Low(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, fixed: tuple[Any, ...], *a_and_b: Tensor) -> tuple[Tensor, ...]:
@@ -123,7 +121,7 @@ def pack_adapters(
 ) -> list[Tensor]:
     """Call :func:`_pack`."""
     with torch.no_grad():
-        if _are_operators_wanted():
+        if are_operators_wanted():
             return torch.ops.lightning_qlora.pack_adapters(a, b, scales, dtype)  # type: ignore[no-any-return]
         return _pack(a, b, scales, dtype)
 
@@ -137,7 +135,7 @@ def lora_low(
     *others: Any,
 ) -> Sequence[Tensor]:
     """Call :func:`_low`."""
-    if _are_operators_wanted():
+    if are_operators_wanted():
         return torch.ops.lightning_qlora.lora_low(x, weights, constants, a, b, *others)  # type: ignore[no-any-return]
     apply: Any = _Low.apply
     return apply(x, (weights, constants, *others), *a, *b)  # type: ignore[no-any-return]
@@ -145,7 +143,7 @@ def lora_low(
 
 def lora_products(x: Tensor, low: Tensor, shapes: Sequence[Tensor], *others: Any) -> Sequence[Tensor]:
     """Call :func:`_products`."""
-    if _are_operators_wanted():
+    if are_operators_wanted():
         return torch.ops.lightning_qlora.lora_products(x, low, shapes, *others)  # type: ignore[no-any-return]
     apply: Any = _Products.apply
     return apply(x, low, others, *shapes)  # type: ignore[no-any-return]
@@ -168,11 +166,11 @@ def _pack(a: Sequence[Tensor], b: Sequence[Tensor], scales: Sequence[float], dty
     a_RI = a[0].new_empty(sum(ranks), a[0].shape[1], dtype=dtype)
     allocate = a_RI.new_empty if len(b) == 1 else a_RI.new_zeros
     b_OR = allocate(sum(heights), sum(ranks))
-    torch._foreach_copy_(a_RI.split_with_sizes(ranks), list(a))
-    start = 0
-    for rows, each, scale in zip(b_OR.split_with_sizes(heights), b, scales, strict=True):
-        torch.mul(each, scale, out=rows.narrow(1, start, each.shape[1]))
-        start += each.shape[1]
+    start = 0  # one by one: torch._foreach_copy_ takes a GPU longer, for so few and small ones
+    for own_a, own_b, rows, scale in zip(a, b, b_OR.split_with_sizes(heights), scales, strict=True):
+        a_RI.narrow(0, start, own_a.shape[0]).copy_(own_a)
+        torch.mul(own_b, scale, out=rows.narrow(1, start, own_b.shape[1]))
+        start += own_a.shape[0]
     return [a_RI, b_OR]
 
 
@@ -264,20 +262,20 @@ def _gradients(ctx: Any, gradients: Sequence[Tensor | None], *fixed: Sequence[Te
     scales, blocksize, quant_type, inside = ctx.options
     of_outputs: list[Tensor] = []
     of_b: list[Tensor] = []
-    lows_TR: Tensor | None = None
-    parts = low.split_with_sizes(ctx.ranks, 1), b_OR.split_with_sizes(ctx.heights)
-    for gradient, part, rows, scale in zip(gradients[1:], *parts, scales, strict=True):
+    lows_TR = low.new_empty(low.shape[0], a_RI.shape[0])
+    start = 0
+    for gradient, rows, rank, scale in zip(
+        gradients[1:], b_OR.split_with_sizes(ctx.heights), ctx.ranks, scales, strict=True
+    ):
         if gradient is None:  # nobody used this output
             gradient = low.new_zeros(low.shape[0], rows.shape[0])
         gradient = gradient.to(low.dtype)
         of_outputs.append(gradient)
-        lows_TR = gradient @ rows if lows_TR is None else lows_TR.addmm_(gradient, rows)
-        # What is there before counts for nothing.
-        of_rows = part.new_empty(rows.shape[0], part.shape[1]).addmm_(gradient.t(), part, beta=0, alpha=scale)
-        of_b.append(of_rows.to(ctx.dtype))
-    assert lows_TR is not None
+        own_rows, own_low, own_lows = (each.narrow(1, start, rank) for each in (rows, low, lows_TR))
+        of_b.append(both_products(gradient, own_rows, own_low, scale, own_lows, ctx.dtype))
+        start += rank
     x = Source(ctx.source_kind, kept, ctx.source_options).form() if ctx.source_kind else kept[0]
-    of_a = (lows_TR.t() @ x.reshape(-1, a_RI.shape[1])).to(ctx.dtype).split_with_sizes(ctx.ranks)
+    of_a = product(lows_TR.t(), x.reshape(-1, a_RI.shape[1]), ctx.dtype).split_with_sizes(ctx.ranks)
     del x  # before there are more tensors as large
     of_x = None
     if ctx.needs_input_grad[0]:
@@ -329,7 +327,7 @@ def _input_gradient_at_once(
 
 def _stacked(*arguments: Any) -> Tensor:
     """Call :func:`_stack`."""
-    function: Any = torch.ops.lightning_qlora.stack_4bit if _are_operators_wanted() else _stack
+    function: Any = torch.ops.lightning_qlora.stack_4bit if are_operators_wanted() else _stack
     return cast(Tensor, function(*arguments))
 
 
