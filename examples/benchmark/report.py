@@ -19,6 +19,10 @@ from typing import Any
 Record = dict[str, Any]
 _PLANS = (("full", "full"), ("selective_offload", "full"), ("offload", "full"), ("none", "none"), ("auto", "full"))
 """Of own runs, with the one of the peers that a plan is compared with."""
+_CASE = (
+    "trainer", "strategy", "shape", "rows", "devices", "accelerator", "tokens_per_batch", "cap_gib", "resume", "saves",
+)  # fmt: skip
+"""What tells measurements of several GPUs apart."""
 CASE_TITLES = {
     "full2k": "4 x 2,048 tokens", "full8k": "1 x 8,192 tokens", "chat2k_pack": "chat rows, packed to 8,192 tokens",
     "chat2k_16": "16 chat rows", "chat2k": "4 chat rows", "dpo": "DPO, 8 pairs",
@@ -26,20 +30,25 @@ CASE_TITLES = {
 
 
 def read(path: Path) -> list[Record]:
-    """Return one record for each command: the last of a round, the median over rounds."""
-    by_round: dict[tuple[str, int], Record] = {}
+    """Return one record for each measurement: the last of a round, the median over rounds."""
+    by_round: dict[tuple[object, int], Record] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
-        by_round[record["command"], record["round"]] = record
-    grouped: dict[str, list[Record]] = defaultdict(list)
-    for (command, _), record in by_round.items():
-        grouped[command].append(record)
+        by_round[_measured(record), record["round"]] = record
+    grouped: dict[object, list[Record]] = defaultdict(list)
+    for (what, _), record in by_round.items():
+        grouped[what].append(record)
     return [_median(records) for records in grouped.values()]
+
+
+def _measured(record: Record) -> object:
+    """Tell what was measured: by its command, or of several GPUs by its case, for how many steps ever."""
+    return tuple(record.get(name) for name in _CASE) if record["group"] == "scaling" else record["command"]
 
 
 def _median(records: list[Record]) -> Record:
     whole = [record for record in records if "failed" not in record] or records
-    merged = dict(whole[0], rounds=len(whole))
+    merged = dict(whole[-1], rounds=len(whole))
     for name in ("tok_s", "sup_tok_s", "peak_gib", "mean_step_ms", "build_s", "first_step_s", "tokens_per_second"):
         if isinstance(merged.get(name), int | float):  # the peaks of several ranks are not one number
             merged[name] = statistics.median(record[name] for record in whole)

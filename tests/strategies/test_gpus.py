@@ -37,7 +37,6 @@ class Watch(L.Callback):
         self.losses, self.peak, self.held, self.loading = [], 0, 0, 0
 
     def on_fit_start(self, trainer, module):
-        self.loading = torch.cuda.max_memory_allocated()
         torch.mm(*2 * [torch.ones(64, 64, device=module.device)])  # now there is the workspace of cuBLAS, 32 MiB
         torch.cuda.empty_cache()
         self.held = torch.cuda.memory_allocated()
@@ -48,11 +47,23 @@ class Watch(L.Callback):
         self.peak = torch.cuda.max_memory_allocated()
 
 
+def note_peak(watch, load_base):
+    """Load, and note what that took; the kernels that are tried out afterwards take more, sharded or not."""
+
+    def load(device):
+        model = load_base(device)
+        watch.loading = torch.cuda.max_memory_allocated()
+        return model
+
+    return load
+
+
 def train(base, root, strategy, precision="32-true", offload=False, accelerator="gpu", batches=100):
     """What each rank does, in a process of its own: one that has used a GPU cannot be forked."""
     L.seed_everything(0)
     watch = Watch()
     module = tiny_module(base, dropout=0.0, lr=1e-3, activation_checkpointing="full")
+    module.load_base = note_peak(watch, module.load_base)
     trainer = tiny_trainer(
         Path(root), watch, accelerator=accelerator, devices=2, precision=precision, max_epochs=1,
         strategy=FSDP2Strategy(cpu_offload=True) if offload else strategy, enable_checkpointing=False,
