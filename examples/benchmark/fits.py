@@ -73,7 +73,8 @@ class Batches(L.LightningDataModule):
 
     @override
     def train_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(self.batches, batch_size=None, num_workers=0)  # type: ignore[arg-type]
+        pinned = torch.cuda.is_available()  # as the package's own data modules do
+        return DataLoader(self.batches, batch_size=None, num_workers=0, pin_memory=pinned)  # type: ignore[arg-type]
 
 
 # The model

@@ -68,7 +68,8 @@ class RandomRows(L.LightningDataModule):
             supervised = np.array([[length - int(0.6 * length), length]], dtype=np.int32)
             return Document(random.integers(0, vocabulary, length, dtype=np.int32), supervised, row)
 
-        return DataLoader([batching.collate([document(row) for row in rows]) for rows in plan], batch_size=None)
+        batches: Any = [batching.collate([document(row) for row in rows]) for rows in plan]
+        return DataLoader(batches, batch_size=None, pin_memory=torch.cuda.is_available())  # as own data modules do
 
 
 class Started(L.Callback):
