@@ -3,6 +3,7 @@
     python examples/benchmark/bench.py run full2k --plan none             # one measurement
     python examples/benchmark/bench.py run full2k --rows 1 2 8            # one for each value, in one process
     python examples/benchmark/bench.py run full2k dpo then gate full2k    # several commands, likewise
+    python examples/benchmark/bench.py timeline full2k --plan none        # what a step is made of, and idle time
     python examples/benchmark/bench.py gate full2k --plan selective       # loss and gradients against float32
     python examples/benchmark/bench.py curve --compile_layers             # losses beside those of a plain training
     python examples/benchmark/bench.py context --cap_gib 24               # the longest document that trains
@@ -35,6 +36,7 @@ with quick_imports():  # as the command line does
     from cases import CASES, GIB, SHAPES, Case, case_of, expand, summary
     from checks import curve, free_memory, gate
     from fits import OPTIMIZERS, Batches, Clock, make_module, make_trainer
+    from timeline import timeline
 
     from lightning_qlora import PerformanceMonitor
     from lightning_qlora.memory import PLANS, MemoryModel, build_optimizer, optimizer_memory, skeleton_of
@@ -131,7 +133,7 @@ def longest_that_fits(memory: MemoryModel, budget: int) -> int:
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Return one command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["run", "gate", "curve", "context"])
+    parser.add_argument("what", choices=["run", "timeline", "gate", "curve", "context"])
     parser.add_argument("case", nargs="?", choices=sorted(CASES), default="full2k")
     parser.add_argument("--plan", default="full", choices=[*PLANS, "auto"])
     parser.add_argument("--fused_lora", default="auto", choices=["auto", "true", "false"])
@@ -172,7 +174,9 @@ def result_of(options: argparse.Namespace) -> dict[str, Any]:
     begun = time.perf_counter()
     held = {"held_gib": round(torch.cuda.memory_allocated() / GIB, 2)} if on_gpu else {}
     try:
-        result = {"run": measure, "gate": gate, "curve": curve, "context": longest_context}[options.what](options)
+        result = {"run": measure, "timeline": timeline, "gate": gate, "curve": curve, "context": longest_context}[
+            options.what
+        ](options)
     except RuntimeError as error:  # of torch
         traceback.print_exc()
         result = {"failed": f"{type(error).__name__}: {error}"}

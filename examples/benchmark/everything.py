@@ -77,6 +77,10 @@ MEASUREMENTS = [
         "gate full2k --plan full --compile_layers", "gate chat2k_pack --plan none --compile_layers",
     ),
     *_own("curve", "curve full2k --plan none --rows 2 --steps 200"),
+    *_own(
+        "timeline", "timeline full2k --plan none selective_offload full", "timeline chat2k_pack --plan none",
+        "timeline full2k --plan none --rows 1",
+    ),
     Measurement("floor", "floor.py"),
     Measurement("floor", "kernel_speed.py"),
     Measurement("speed", "peers.py make CHECKPOINT"),

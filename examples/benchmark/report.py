@@ -124,6 +124,19 @@ def curves(records: list[Record]) -> list[str]:
     return ["## Losses beside plain code", "", *_table(head, rows)] if rows else []
 
 
+def timelines(records: list[Record]) -> list[str]:
+    """Draw what steps are made of, and how long the device had nothing to do in them."""
+    chosen = [r for r in records if "by_kind_ms" in r]
+    if not chosen:
+        return []
+    rows = [[f"`{r['command'].removeprefix('bench.py timeline ')}`", r["untraced_ms"], r["traced_ms"],
+             _figure(r["kernels"]), *r["by_kind_ms"].values(), r["idle_ms"], r["idle_at_start_ms"]]
+            for r in chosen]  # fmt: skip
+    head = ["step", "ms untraced", "traced", "kernels", *chosen[0]["by_kind_ms"], "idle", "of it at the beginning"]
+    said = "In milliseconds of a step. Between kernels that wait for nothing an H200 is idle for about 2 us each."
+    return ["## What a step is made of", "", said, "", *_table(head, rows)]
+
+
 def peaks(records: list[Record]) -> list[str]:
     """Draw what the memory model says of each run beside what it took."""
     rows = [[f"`{r['command'].removeprefix('bench.py run ')}`", r["plan_used"], f"{r['predicted_gib']:.2f}",
@@ -306,7 +319,7 @@ def render(records: list[Record], folder: Path) -> str:
         lines += [f"The floor (products, dequantisation and attention alone): {full} tokens/s with recomputation, "
                   f"{none} without; the first under a lasting load, the second for a moment.", ""]  # fmt: skip
     lines += speed(records, floor)
-    for part in (gates, curves, contexts, variants, several_gpus, peaks, kernels):
+    for part in (timelines, gates, curves, contexts, variants, several_gpus, peaks, kernels):
         lines += part(records)
     return "\n".join([*lines, *draw(records, floor, folder), *failures(records)]).rstrip() + "\n"
 

@@ -28,7 +28,7 @@ __all__ = ["both_products", "has_kernel", "product"]
 _HIGHEST_RANK = 16
 _NARROWEST = 2048
 _FEWEST_TOKENS = 1024
-_ALIGNMENT = 8  # elements; of rows that begin anywhere the kernel reads less at a time
+_ALIGNMENT = 8  # elements, a power of two; of rows that begin anywhere the kernel reads less at a time
 
 _WIDENED = {(torch.bfloat16, torch.float32), (torch.float16, torch.float32)}  # what cuBLAS can write, of what
 _CHECK_SHAPE = (1100, 1048)  # tokens and width: a rest of each block
@@ -82,14 +82,14 @@ def has_kernel(device: torch.device, dtype: torch.dtype, rank: int) -> bool:
 def _is_fast(gradient: Tensor, rows: Tensor, low: Tensor, lows_out: Tensor, dtype: torch.dtype) -> bool:
     (tokens, width), rank = gradient.shape, rows.shape[1]
     return (
-        _on_gpu(gradient)
-        and not are_operators_wanted()
-        and dtype == torch.float32
-        and rank <= _HIGHEST_RANK
+        rank <= _HIGHEST_RANK
         and width >= _NARROWEST
         and tokens >= _FEWEST_TOKENS
-        and not any(n % _ALIGNMENT for n in (width, rank, *(x.stride(0) for x in (gradient, rows, low, lows_out))))
-        and all(x.stride(1) == 1 for x in (gradient, rows, low, lows_out))
+        and _on_gpu(gradient)
+        and dtype == torch.float32
+        and (width | rank | gradient.stride(0) | rows.stride(0) | low.stride(0) | lows_out.stride(0)) % _ALIGNMENT == 0
+        and gradient.stride(1) == rows.stride(1) == low.stride(1) == lows_out.stride(1) == 1
+        and not are_operators_wanted()
         and has_kernel(gradient.device, gradient.dtype, rank)
     )
 

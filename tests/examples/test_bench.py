@@ -86,6 +86,33 @@ def test_a_curve_is_that_of_plain_code_or_is_not(bench, capsys, monkeypatch):
     assert other["largest_distance"] > 1e-4
 
 
+@pytest.mark.parametrize("rows", ["1", "4"])
+def test_what_a_step_is_made_of(bench, capsys, monkeypatch, rows):
+    code, (found,) = run_all(
+        bench, capsys, monkeypatch, "timeline", "full2k", "--plan", "none", "--rows", rows, *TINY
+    )  # fmt: skip
+    assert code == 0
+    kinds = found["by_kind_ms"]
+    assert kinds["products"] > 0
+    assert kinds["attention"] > 0
+    assert kinds["optimizer"] > 0
+    assert found["busy_ms"] == pytest.approx(sum(kinds.values()), rel=0.2)
+    assert 0 <= found["idle_at_start_ms"] <= found["idle_ms"] < found["traced_ms"]
+    assert found["busy_ms"] + found["idle_ms"] == pytest.approx(found["traced_ms"], rel=0.2)
+
+
+def test_a_timeline_counts_what_nothing_ran_and_what_ran_twice(benchmark_scripts):
+    timeline = importlib.import_module("timeline")
+    work = [(0, 10, "spin_kernel"), (1010, 3010, "nvjet_x"), (2010, 4010, "_dequantize"), (9010, 10_010, "unheard of")]
+    step = [timeline.Work(start, end, name, end - start) for start, end, name in work]
+    found = timeline.found([step, step])
+    assert (found["traced_ms"], found["kernels"]) == (10.01, 3)
+    assert (found["idle_ms"], found["idle_at_start_ms"], found["busy_ms"]) == (6.0, 1.0, 5.0)
+    kinds = {kind: ms for kind, ms in found["by_kind_ms"].items() if ms}
+    assert kinds == {"products": 2.0, "dequantisation": 2.0, "others": 1.0}
+    assert found["longest"][0] == ["nvjet_x", 1.0, 2.0]
+
+
 def test_many_in_one_process(bench, capsys, monkeypatch):
     measure = bench.measure
 
