@@ -46,7 +46,12 @@ def test_configuration_runs_with_a_tiny_model(config, base, workplace, capsys):
     assert list(root.rglob("metrics.csv"))
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def in_a_process(path):
+    """Of each data module one configuration, unless slow tests run."""
+    return pytest.param(path, id=path.stem, marks=[] if path.stem in ("sft", "dpo") else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("config", [in_a_process(path) for path in CONFIGS])
 def test_a_process_of_its_own_knows_every_name_in_a_configuration(config):
     """Other tests import what the command line might have forgotten to."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])

@@ -122,10 +122,21 @@ class LoggerSteps(L.Callback):
         self.seen[loop.batch_progress.total.ready] = loop._batches_that_stepped
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+BY_EPOCHS, BY_STEPS = {"max_epochs": 3}, {"max_epochs": -1, "max_steps": 6}
+WITH_VALIDATION = {"max_epochs": 3, "max_steps": 6, "val_check_interval": 2}
+
+
 @pytest.mark.parametrize(
-    "options",
-    [{"max_epochs": 3}, {"max_epochs": -1, "max_steps": 6}, {"max_epochs": 3, "max_steps": 6, "val_check_interval": 2}],
+    ("options", "accumulate"),
+    [
+        (BY_EPOCHS, 2),
+        (BY_STEPS, 1),
+        (WITH_VALIDATION, 2),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in ((BY_EPOCHS, 1), (BY_STEPS, 2), (WITH_VALIDATION, 1))
+        ),
+    ],
     ids=str,
 )
 def test_loggers_go_on_counting(task, tmp_path, options, accumulate):

@@ -132,6 +132,7 @@ def test_inductor(tmp_path, kernel, varlen_kernel):
         check(model, "full", 7, backend="inductor")
 
 
+@pytest.mark.slow
 def test_more_layers_make_no_more_graphs_and_evaluation_its_own(tmp_path, varlen_kernel):
     model = build(tmp_path, fused=True, num_layers=12)
     base = model.get_base_model()

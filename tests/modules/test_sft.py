@@ -141,6 +141,7 @@ def test_fused_adapters_are_for_gpus_unless_asked_for(tmp_path):
     assert not is_fused(module)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo asks every input for it
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
 def test_compiled_layers_train_and_validate_alike(tmp_path, monkeypatch):
