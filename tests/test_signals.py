@@ -83,3 +83,28 @@ def test_sums_are_those_of_all_ranks(tmp_path):
     assert torch.equal(add_up(torch.ones(2)), torch.ones(2))
     for found in run_ranks(tmp_path, sums):
         assert found.tolist() == [2.0, 1.0]
+
+
+@pytest.mark.gpu
+def test_a_gpu_that_is_busy_keeps_nobody_waiting(tmp_path):
+    store = {"init_method": f"file://{tmp_path / 'store'}", "rank": 0, "world_size": 1}
+    torch.distributed.init_process_group("nccl", **store)
+    try:
+        root = types.SimpleNamespace(root_device=torch.device("cuda", torch.cuda.current_device()))
+        trainer = types.SimpleNamespace(received_sigterm=False, strategy=root)
+        relay, numbers = _Relay(trainer), torch.ones(2, device=root.root_device)
+        relay()
+        add_up(numbers)  # now NCCL has begun
+        torch.cuda.synchronize()
+        torch.cuda._sleep(10**9)  # clock cycles
+        is_idle = torch.cuda.Event()
+        is_idle.record()
+        relay()
+        add_up(numbers)
+        assert not is_idle.query()
+        trainer.received_sigterm = True
+        relay()
+        with pytest.raises(SIGTERMException):
+            relay()
+    finally:
+        torch.distributed.destroy_process_group()
