@@ -90,9 +90,7 @@ class Tracer(L.Callback):
             start, end = event.time_range.start, event.time_range.end
             if self.on_gpu and event.device_type.name == "CUDA":
                 work.append(Work(start, end, event.name, end - start))
-            elif not self.on_gpu and (
-                "::" in event.name or event.name == _MARK
-            ):  # what is left are whole parts of code
+            elif not self.on_gpu and ("::" in event.name or event.name == _MARK):  # others are whole parts of code
                 work.append(Work(start, end, event.name, event.self_cpu_time_total))
         work.sort()
         marks = [i for i, each in enumerate(work) if _MARK in each.name or _SPIN in each.name]

@@ -34,6 +34,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from lightning_qlora.kernels.flex import attend_with_flex, block_mask
+from lightning_qlora.kernels.launching import on_gpu
 from lightning_qlora.kernels.varlen import (
     SharedKeys,
     attend_documents,
@@ -140,7 +141,7 @@ def document_attention(
         output = _attend(query, key, value, attention_mask, is_causal, scaling, dropout, softcap)
         return output.transpose(1, 2).contiguous(), None
     starts, shared_prompts = documents.starts, documents.shared_prompts
-    if _on_gpu(query) and documents.are_alike and sliding_window is None and softcap is None:
+    if on_gpu(query) and documents.are_alike and sliding_window is None and softcap is None:
         return _attend_alike(query, key, value, len(documents.lengths), scaling, dropout), None
     is_complete = shared_prompts is None or documents.keys is not None
     if starts is not None and is_complete and softcap is None and not dropout:
@@ -148,7 +149,7 @@ def document_attention(
         fast = attend_documents(query, key, value, starts, longest, padded, scaling, sliding_window, keys)
         if fast is not None:
             return fast, None
-    if _on_gpu(query) and not dropout:
+    if on_gpu(query) and not dropout:
         dtype, masks = product_dtype(query), functools.partial(documents.block_mask, device=query.device)
         flexible = attend_with_flex(query, key, value, masks, dtype, scaling, sliding_window, softcap)
         if flexible is not None:
@@ -201,10 +202,6 @@ def _graph_attention(
     dtype = product_dtype(query)
     found = attend_in_graph(query, key, value, documents.starts, documents.longest, dtype, scaling, sliding_window)
     return found, None
-
-
-def _on_gpu(tensor: Tensor) -> bool:
-    return tensor.is_cuda
 
 
 def _attend(

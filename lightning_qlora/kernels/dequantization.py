@@ -18,7 +18,7 @@ from bitsandbytes.functional import QuantState
 from torch import Tensor
 
 from lightning_qlora.kernels.launching import on_device_of
-from lightning_qlora.kernels.self_check import first_line, may_be_used
+from lightning_qlora.kernels.self_check import may_be_used
 
 triton_dequantize: Any
 try:
@@ -122,11 +122,8 @@ def _compare(kind: _Kind) -> str | None:
     for rows, columns in _CHECK_SHAPES:
         packed, constants = _random_weight(rows * columns, kind)
         out = torch.zeros(rows, columns + _CHECK_MARGIN, dtype=kind.dtype, device=kind.device)
-        try:
-            _write(out[:, :columns], packed, constants, kind.blocksize, kind.quant_type)
-            found = out.cpu()
-        except Exception as error:  # a compiler that is missing or does not know this device fails in many ways
-            return first_line(error)
+        _write(out[:, :columns], packed, constants, kind.blocksize, kind.quant_type)
+        found = out.cpu()
         state = quant_state(constants, torch.Size((1, rows * columns)), kind.blocksize, kind.quant_type, kind.dtype)
         expected = bnb.dequantize_4bit(packed, state).view(rows, columns).cpu()
         if not torch.equal(found[:, :columns], expected) or found[:, columns:].any():

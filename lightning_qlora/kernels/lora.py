@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_qlora.kernels.dequantization import NESTED_BLOCK, constants_of
 from lightning_qlora.kernels.elementwise import source_of
+from lightning_qlora.kernels.launching import autocast_dtype_of
 from lightning_qlora.kernels.lora_products import choose_ways, lora_low, lora_products, pack_adapters
 from lightning_qlora.kernels.self_check import in_clean_thread
 
@@ -202,10 +203,9 @@ class _Arithmetic(NamedTuple):
         """Return them for an input that is trained on in its own dtype."""
         if not torch.is_grad_enabled():
             return None
-        kind = "cuda" if x.device.type == "meta" else x.device.type  # a simulation of a GPU
-        mixed = torch.is_autocast_enabled(kind)
-        dtype = torch.get_autocast_dtype(kind) if mixed else x.dtype
-        return cls(dtype, mixed) if x.dtype == dtype else None
+        autocast = autocast_dtype_of(x)
+        dtype = autocast or x.dtype
+        return cls(dtype, autocast is not None) if x.dtype == dtype else None
 
 
 class _Parts(NamedTuple):

@@ -26,8 +26,7 @@ class Blocks(NamedTuple):
     programs: int = 132  # at most, where the gradient is not wider than so many tiles: multiprocessors of an H100
 
 
-# A program fills the shared memory of a multiprocessor.
-_BLOCKS, _BLOCKS_OF_HIGH_RANK = Blocks(), Blocks(warps=8, stages=2)
+_BLOCKS = Blocks()  # with which a program fills the shared memory of a multiprocessor, for ranks up to 16
 
 
 # Only built-in functions of Triton's language: others cannot be interpreted where Triton was imported to compile.
@@ -143,7 +142,7 @@ def both_products(
     scale: float,
     lows_out: Tensor,
     of_b_out: Tensor,
-    blocks: Blocks | None = None,
+    blocks: Blocks = _BLOCKS,
 ) -> None:
     """Write ``gradient @ rows`` and ``scale * gradient^T @ low``.
 
@@ -161,8 +160,6 @@ def both_products(
     """
     (height, width), rank = gradient.shape, rows.shape[1]
     padded = max(_FEWEST, triton.next_power_of_2(rank))
-    if blocks is None:
-        blocks = _BLOCKS if padded == _FEWEST else _BLOCKS_OF_HIGH_RANK
     across = -(-width // blocks.columns)
     pieces = max(1, blocks.programs // across)  # no fewer where there are few rows: their number is compiled
     steps = -(-height // (blocks.rows * pieces))  # tiles of a piece

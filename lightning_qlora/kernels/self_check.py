@@ -5,6 +5,7 @@ Attention is compared with plain operators, forward and backward, on a small ran
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -89,17 +90,24 @@ def may_be_used(kernel: object, device: torch.device, compare: Callable[[], str 
         kernel: What importing it gave here, or ``None``. It says something of this machine's GPU; of a GPU that is only
             simulated and stands elsewhere, which comes with Triton, it says nothing.
         device: Where; ``meta`` for a simulated GPU.
-        compare: Finds what is wrong; run in a clean thread.
+        compare: Finds what is wrong, or fails as the kernel does; run in a clean thread.
         complaint: What is said, with ``{fault}`` for what is wrong.
     """
     if device.type == "meta":
         return kernel is not None or not torch.cuda.is_available()
     if kernel is None:
         return False
-    fault = in_clean_thread(compare)
+    fault = in_clean_thread(functools.partial(_fault_of, compare))
     if fault is not None:
         rank_zero_info(complaint.format(fault=fault))
     return fault is None
+
+
+def _fault_of(compare: Callable[[], str | None]) -> str | None:
+    try:
+        return compare()
+    except Exception as error:  # a compiler that is missing or does not know this device fails in many ways
+        return first_line(error)
 
 
 def first_line(error: Exception) -> str:

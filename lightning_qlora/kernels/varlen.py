@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
+from lightning_qlora.kernels.launching import on_gpu
 from lightning_qlora.kernels.self_check import (
     CHECK_LENGTHS,
     CHECK_PROMPTS,
@@ -127,7 +128,7 @@ def attend_documents(
     Returns:
         (1, T, heads, head_dim), or ``None`` where the kernel is missing or does not fit.
     """
-    if varlen_attn is None or not _on_gpu(query):
+    if varlen_attn is None or not on_gpu(query):
         return None
     dtype = product_dtype(query)
     window = sliding_window
@@ -189,10 +190,6 @@ def product_dtype(query: Tensor) -> torch.dtype:
 def takes(dtype: torch.dtype, head_dim: int) -> bool:
     """Whether there is a kernel for heads of this size and dtype."""
     return dtype in _DTYPES and head_dim <= _LARGEST_HEAD and head_dim % 8 == 0
-
-
-def _on_gpu(tensor: Tensor) -> bool:
-    return tensor.is_cuda
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # graphs neither contain nor guard what follows from the installation

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from lightning_qlora.kernels.launching import autocast_dtype_of
 from lightning_qlora.kernels.log_softmax import PLAIN_BYTES, bytes_per_logit, log_softmax_with_gradient
 from lightning_qlora.parts import whole
 
@@ -95,9 +96,7 @@ def _logit_bytes(head: Callable[[Tensor], Tensor], hidden_ND: Tensor) -> int:
     """Return what a logit takes, before there are any; of a head that may make more than logits, the most."""
     if not (_forms_gradient(head, hidden_ND) and _is_linear(head)):
         return PLAIN_BYTES
-    kind = "cuda" if hidden_ND.is_meta else hidden_ND.device.type  # a simulation of a GPU
-    is_cast = torch.is_autocast_enabled(kind)
-    return bytes_per_logit(hidden_ND, torch.get_autocast_dtype(kind) if is_cast else hidden_ND.dtype)
+    return bytes_per_logit(hidden_ND, autocast_dtype_of(hidden_ND) or hidden_ND.dtype)
 
 
 def _is_linear(head: Callable[[Tensor], Tensor]) -> bool:

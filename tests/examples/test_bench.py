@@ -88,9 +88,7 @@ def test_a_curve_is_that_of_plain_code_or_is_not(bench, capsys, monkeypatch):
 
 @pytest.mark.parametrize("rows", ["1", "4"])
 def test_what_a_step_is_made_of(bench, capsys, monkeypatch, rows):
-    code, (found,) = run_all(
-        bench, capsys, monkeypatch, "timeline", "full2k", "--plan", "none", "--rows", rows, *TINY
-    )  # fmt: skip
+    code, found = run(bench, capsys, monkeypatch, "timeline", "full2k", "--plan", "none", "--rows", rows)
     assert code == 0
     kinds = found["by_kind_ms"]
     assert kinds["products"] > 0

@@ -31,7 +31,7 @@ def interpreted(interpret, monkeypatch):
     module = interpret("elementwise_triton")
     module._add = module.tl.standard._sum_combine  # which the interpreter knows as a whole, and is fast with
     monkeypatch.setattr(elementwise, "triton_kernels", module)
-    monkeypatch.setattr(elementwise, "_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(elementwise, "on_gpu", lambda tensor: True)
     elementwise._is_trusted.cache_clear()
     yield module
     elementwise._is_trusted.cache_clear()
@@ -173,7 +173,7 @@ def test_a_kernel_that_errs_is_refused_and_said(interpreted, monkeypatch, tmp_pa
 
 def test_without_triton_nothing_changes(monkeypatch, tmp_path):
     monkeypatch.setattr(elementwise, "triton_kernels", None)
-    monkeypatch.setattr(elementwise, "_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(elementwise, "on_gpu", lambda tensor: True)
     elementwise._is_trusted.cache_clear()
     model = build(tmp_path, quantization=None)
     plain = step(model)

@@ -105,7 +105,7 @@ def on_gpu(monkeypatch):
         return plain(*(x.detach() if isinstance(x, torch.Tensor) else x for x in args), compiled=False)
 
     monkeypatch.setattr(flex, "_call", call)
-    monkeypatch.setattr(attention, "_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(attention, "on_gpu", lambda tensor: True)
     flex._is_trusted.cache_clear()
     yield calls
     flex._is_trusted.cache_clear()
@@ -118,7 +118,7 @@ def test_it_takes_what_the_varlen_kernel_does_not(on_gpu, monkeypatch, options):
     documents = PackedDocuments((10, 20), options.pop("shared_prompts", None))
     found, _ = document_attention(nn.Module(), *tensors, None, documents=documents, **options)
     assert on_gpu == [documents.block_mask(None, CPU)]
-    monkeypatch.setattr(attention, "_on_gpu", lambda tensor: False)
+    monkeypatch.setattr(attention, "on_gpu", lambda tensor: False)
     expected, _ = document_attention(nn.Module(), *tensors, None, documents=documents, **options)
     torch.testing.assert_close(found, expected.detach(), rtol=2e-2, atol=2e-2)
     assert len(on_gpu) == 1

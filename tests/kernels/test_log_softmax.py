@@ -44,7 +44,7 @@ def used(interpreted, monkeypatch):
         interpreted.log_softmax(logits, *others)
 
     monkeypatch.setattr(log_softmax, "triton_log_softmax", run)
-    monkeypatch.setattr(log_softmax, "_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(log_softmax, "on_gpu", lambda tensor: True)
     log_softmax._is_trusted.cache_clear()
     yield seen
     log_softmax._is_trusted.cache_clear()
@@ -235,7 +235,7 @@ def test_without_triton_and_for_other_dtypes_torch_computes(used, monkeypatch):
 def test_the_bytes_of_a_logit_are_known_where_it_is_used_and_where_not(used, monkeypatch):
     near = torch.zeros(1)
     assert [bytes_per_logit(near, dtype) for dtype in (*DTYPES, torch.float64)] == [8, 4, 4, PLAIN_BYTES]
-    monkeypatch.setattr(log_softmax, "_on_gpu", lambda tensor: tensor.is_cuda)
+    monkeypatch.setattr(log_softmax, "on_gpu", lambda tensor: tensor.is_cuda)
     assert bytes_per_logit(near, torch.bfloat16) == PLAIN_BYTES
 
 
@@ -259,7 +259,7 @@ def test_the_gradient_of_hidden_states_is_the_same_with_the_kernel(used, monkeyp
     targets = torch.randint(0, 300, (30,))
     found = []
     for fast in (True, False):
-        monkeypatch.setattr(log_softmax, "_on_gpu", lambda tensor, fast=fast: fast)
+        monkeypatch.setattr(log_softmax, "on_gpu", lambda tensor, fast=fast: fast)
         log_probs, correct = head_log_probs(hidden, head, targets, chunk_size=13)
         (gradient,) = torch.autograd.grad((log_probs * weights).sum(), hidden)
         found.append((log_probs.detach(), correct, gradient))

@@ -86,7 +86,7 @@ def test_what_is_not_finite_stays_in_its_row_and_column(interpreted, number):
         assert not one[-1].isfinite().any()
 
 
-@pytest.mark.parametrize("rank", [8, 16, 32, 64])
+@pytest.mark.parametrize("rank", [8, 16])
 def test_the_kernel_compiles_for_a_gpu_that_is_not_here(rank, tmp_path, monkeypatch):
     """And multiplies both times what lies in shared memory, brought there in pieces of 16 bytes, and waits but once."""
     triton = pytest.importorskip("triton")
@@ -106,7 +106,7 @@ def test_the_kernel_compiles_for_a_gpu_that_is_not_here(rank, tmp_path, monkeypa
         source = triton.compiler.ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
         return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
-    blocks = module._BLOCKS if rank <= 16 else module._BLOCKS_OF_HIGH_RANK
+    blocks = module._BLOCKS
     one = compiled(
         module._multiply,
         {"RANK": rank, "PADDED": max(16, rank), "ROWS": blocks.rows, "COLUMNS": blocks.columns, "ALIGNMENT": 8},
@@ -144,7 +144,7 @@ def used(interpreted, monkeypatch):
         interpreted.both_products(gradient, *others, interpreted.Blocks(64, 128, programs=6))
 
     monkeypatch.setattr(lora_gradients, "triton_products", run)
-    monkeypatch.setattr(lora_gradients, "_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(lora_gradients, "on_gpu", lambda tensor: True)
     monkeypatch.setattr(lora_gradients, "_CHECK_SHAPE", (70, 40))
     monkeypatch.setattr(lora_gradients, "_FEWEST_TOKENS", 20)
     monkeypatch.setattr(lora_gradients, "_NARROWEST", 24)
@@ -251,7 +251,7 @@ def test_gradients_of_a_group_are_the_same_with_it(used, monkeypatch):
     b = [torch.randn(height, rank, requires_grad=True) for height in heights]
     found = []
     for fast in (True, False):
-        monkeypatch.setattr(lora_gradients, "_on_gpu", lambda tensor, fast=fast: fast)
+        monkeypatch.setattr(lora_gradients, "on_gpu", lambda tensor, fast=fast: fast)
         a_RI, b_OR = pack_adapters(a, b, scales, x.dtype)
         stored = (64, "nf4")
         low, *shapes = lora_low(x, packed, constants, a, b, a_RI, b_OR, scales, *stored, False, "", [], [])
@@ -269,7 +269,7 @@ def test_gradients_of_a_group_are_the_same_with_it(used, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("height", "width", "rank"), [(8192, 14336, 16), (8192, 4096, 64), (1000, 1032, 8)])
+@pytest.mark.parametrize(("height", "width", "rank"), [(8192, 14336, 16), (8192, 4096, 16), (1000, 1032, 8)])
 def test_both_products_on_the_gpu(height, width, rank):
     pytest.importorskip("triton")
     from lightning_qlora.kernels import lora_gradients_triton as module

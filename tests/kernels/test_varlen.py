@@ -76,7 +76,7 @@ def stand_in(request, monkeypatch):
 
     kernel.version = request.param
     monkeypatch.setattr(varlen, "varlen_attn", {"2.13": newest, "2.12": before, "2.10": first}[request.param])
-    monkeypatch.setattr(varlen, "_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(varlen, "on_gpu", lambda tensor: True)
     clear()
     yield kernel
     clear()
@@ -175,9 +175,9 @@ def test_inputs_it_does_not_take_go_one_by_one(stand_in, shape):
 
 
 def test_without_a_gpu_or_the_kernel_it_is_not_called(stand_in, monkeypatch):
-    monkeypatch.setattr(varlen, "_on_gpu", lambda tensor: tensor.is_cuda)
+    monkeypatch.setattr(varlen, "on_gpu", lambda tensor: tensor.is_cuda)
     attend(random_inputs())
-    monkeypatch.setattr(varlen, "_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(varlen, "on_gpu", lambda tensor: True)
     monkeypatch.setattr(varlen, "varlen_attn", None)
     attend(random_inputs())
     assert stand_in.calls == []
