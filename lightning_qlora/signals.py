@@ -13,7 +13,8 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from torch import Tensor
+
+from lightning_qlora.readback import Readback
 
 __all__ = ["SignalFlag", "resolve_signals", "tell_ranks_without_waiting"]
 
@@ -95,7 +96,7 @@ class _Relay:
 
     def __init__(self, trainer: L.Trainer) -> None:
         self._trainer = trainer
-        self._sent: tuple[Tensor, torch.cuda.Event | None] | None = None
+        self._sent: Readback | None = None
 
     def __call__(self) -> None:
         """Send and read.
@@ -103,22 +104,8 @@ class _Relay:
         Raises:
             SIGTERMException: On all ranks, if rank 0 had received it at the call before.
         """
-        before, self._sent = self._sent, self._send()
-        if before is None:
-            return
-        answer, has_come = before
-        if has_come is not None:
-            has_come.synchronize()
-        if answer.item():
-            raise SIGTERMException
-
-    def _send(self) -> tuple[Tensor, torch.cuda.Event | None]:
-        """Return a tensor on the host, and an event after which it holds what rank 0 has sent."""
         told = torch.full((1,), float(self._trainer.received_sigterm), device=self._trainer.strategy.root_device)
         dist.broadcast(told, src=0)
-        answer = told.to("cpu", non_blocking=True)  # into memory that a GPU can write by itself
-        has_come = None
-        if told.is_cuda:
-            has_come = torch.cuda.Event()
-            has_come.record(torch.cuda.current_stream(told.device))
-        return answer, has_come
+        before, self._sent = self._sent, Readback(told)
+        if before is not None and before.wait().item():
+            raise SIGTERMException

@@ -103,8 +103,10 @@ def longest_context(options: argparse.Namespace) -> dict[str, Any]:
     )
     budget = int(0.95 * (options.cap_gib or 8) * GIB) if on_gpu else memory.estimate(2048, plan="offload").peak
     estimated = length = longest_that_fits(memory, budget)
+    short = Batches(Case("full", 64, 1), 1, SHAPES[options.shape]["vocab_size"])  # so that the optimizer's state is there
     while True:
-        data = Batches(Case("full", length, 1), 2, SHAPES[options.shape]["vocab_size"])
+        data = Batches(Case("full", length, 1), 1, SHAPES[options.shape]["vocab_size"])
+        data.batches = [*short.batches, *data.batches]
         try:
             make_trainer(options, 2, []).fit(module, data)
             break

@@ -8,12 +8,13 @@ import math
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, NoReturn, Protocol, runtime_checkable
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
@@ -24,6 +25,7 @@ from typing_extensions import override
 
 from lightning_qlora.callbacks.loss_spikes import LossWatch
 from lightning_qlora.ranks import add_up, gather_objects
+from lightning_qlora.readback import Readback
 from lightning_qlora.signals import SignalFlag, resolve_signals
 
 __all__ = ["PREEMPTED_EXIT_CODE", "NonFiniteError", "RunGuard"]
@@ -70,14 +72,40 @@ class _NamesRows(Protocol):
         """Return where training rows were read."""
 
 
+class _Step(NamedTuple):
+    """What there is to say of an optimizer step, once its numbers have come.
+
+    Attributes:
+        number: Steps before it.
+        window: Its micro-batches, and their losses.
+        trained: The tensors that have a gradient in it.
+        largest: (tensors,), the largest magnitude of each of these gradients, NaN if one is NaN.
+        status: On their way, sums over all ranks: of the losses, of supervised tokens, of ranks with gradients that are
+            not finite, of ranks that were told to stop.
+        trainer: Of the run.
+        pl_module: Of the run.
+        optimizer: Whose step it is.
+    """
+
+    number: int
+    window: list[tuple[Any, Tensor]]
+    trained: list[Tensor]
+    largest: Tensor
+    status: Readback
+    trainer: L.Trainer
+    pl_module: L.LightningModule
+    optimizer: Optimizer
+
+
 class RunGuard(Callback):
     """Ends a run in good order instead of spoiling it.
 
     Non-finite numbers: one NaN gradient makes every adapter tensor NaN, whatever the clipping, and a run goes on as
     if nothing had happened. Here the loss and the gradients of each optimizer step are checked together before the
     update; what is not finite ends training with an error that names the rows, saves their batch for a look, and
-    leaves the last checkpoint as it was. (With 16-mixed precision, gradients that overflow at a high loss scale are
-    normal; the scaler skips them.)
+    leaves the last checkpoint as it was. A GPU with a fused optimizer leaves such an update out by itself, so that no
+    step waits for the answer: the error then comes before the next update or checkpoint. (With 16-mixed precision,
+    gradients that overflow at a high loss scale are normal; the scaler skips them.)
 
     Preemption: a signal lets the optimizer step under way finish, on all ranks; then AdapterCheckpoint publishes, and
     the process exits with code 143. Where Lightning requeues SLURM jobs (SLURMEnvironment), its own handler is called
@@ -124,6 +152,8 @@ class RunGuard(Callback):
         self._leaving = False
         self._batch: Any = None
         self._window: list[tuple[Any, Tensor]] = []  # the micro-batches of the optimizer step under way, and their loss
+        self._pending: _Step | None = None  # the last one, whose numbers are on their way
+        self._deciding: Optimizer | None = None  # what may leave an update out by itself
         self._step = 0
         self._is_updating = False
         self._losses = LossWatch(spike_threshold or math.inf)
@@ -149,6 +179,7 @@ class RunGuard(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._listen(trainer)
         self._window.clear()
+        self._pending = None
         self._step, self._is_updating = trainer.global_step, False
         if self._any_rank_told(trainer):
             self._leave(trainer, None)
@@ -172,6 +203,7 @@ class RunGuard(Callback):
     ) -> None:
         at_boundary, self._step = trainer.global_step > self._step, trainer.global_step
         self._is_updating = False
+        self._decide_no_more()
         if trainer.world_size == 1:  # several ranks agree once per optimizer step, before the update
             self._leaving = self._flag.received is not None
         if at_boundary and self._leaving:
@@ -243,48 +275,78 @@ class RunGuard(Callback):
 
     @override
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        """Check the losses and gradients of the step, and ask all ranks whether to go on, waiting for the device once.
+        """Check the losses and gradients of the step, and ask all ranks whether to go on.
 
         The module has yet to divide the gradients by the step's token count, a finite number from 1, so they are
         finite then exactly if they are now.
         """
         window, self._window = self._window, []
-        largest = _largest_gradient(optimizer, pl_module.device)
-        losses = [loss.float() for _, loss in window] or [torch.zeros_like(largest)]
+        trained = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        largest = _largest_magnitudes([p.grad for p in trained], pl_module.device)
+        losses = [loss.float() for _, loss in window] or [largest.new_zeros(())]
         loss_sum = torch.stack(losses).sum()
         # new_full fills on the device; copying a number there would wait.
         count = loss_sum.new_full((), sum(_num_targets(batch) for batch, _ in window))
         told = loss_sum.new_full((), self._flag.received is not None)
-        status = add_up(torch.stack([loss_sum, count, (~torch.isfinite(largest)).float(), told]))
-        loss_sum_f, count_f, bad_gradients, any_told = status.tolist()  # the one wait
-        self._leaving = any_told > 0
-        if not math.isfinite(loss_sum_f) or (bad_gradients and not _scaler_copes(trainer)):
-            self._handle_nonfinite(trainer, pl_module, optimizer, window)
-        elif count_f:
-            self._watch_for_spike(trainer, loss_sum_f * trainer.accumulate_grad_batches / count_f, window)
+        status = add_up(torch.stack([loss_sum, count, (~torch.isfinite(largest).all()).float(), told]))
+        step = _Step(trainer.global_step, window, trained, largest, Readback(status), trainer, pl_module, optimizer)
+        self.settle()  # the step before
+        if self._device_decides(trainer, optimizer):
+            is_finite = torch.isfinite(status[0]) & (status[2] == 0)
+            optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]  # as torch's GradScaler tells it
+            self._deciding, self._pending = optimizer, step
+        elif self._is_to_be_left_out(step):
+            for parameter in trained:
+                parameter.grad = None  # optimizers pass over what has no gradient: no decay, no momentum
         self._is_updating = True
 
-    def _handle_nonfinite(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        optimizer: Optimizer,
-        window: list[tuple[Any, Tensor]],
-    ) -> None:
-        suspects = [(batch, loss) for batch, loss in window if not math.isfinite(loss)] or window
+    def _device_decides(self, trainer: L.Trainer, optimizer: Optimizer) -> bool:
+        """Whether the optimizer itself leaves out an update that a number on its GPU speaks against."""
+        return (
+            trainer.strategy.root_device.type == "cuda"
+            and isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
+            and getattr(optimizer, "_step_supports_amp_scaling", False)  # what GradScaler asks
+            and _scaler(trainer) is None
+        )
+
+    def _decide_no_more(self) -> None:
+        if self._deciding is not None:
+            del self._deciding.found_inf  # type: ignore[attr-defined]
+            self._deciding = None
+
+    def settle(self) -> None:
+        """Wait for the numbers of the last optimizer step, if they are still on their way, and act on them.
+
+        Raises:
+            NonFiniteError: If they are not finite and training is to stop for that.
+        """
+        step, self._pending = self._pending, None
+        if step is not None:
+            self._is_to_be_left_out(step)  # it has been
+
+    def _is_to_be_left_out(self, step: _Step) -> bool:
+        loss_sum, count, bad_gradients, any_told = step.status.wait().tolist()
+        self._leaving = any_told > 0
+        if not math.isfinite(loss_sum) or (bad_gradients and not _scaler_copes(step.trainer)):
+            self._handle_nonfinite(step)
+            return True
+        if count:
+            self._watch_for_spike(step, loss_sum * step.trainer.accumulate_grad_batches / count)
+        return False
+
+    def _handle_nonfinite(self, step: _Step) -> None:
+        trainer = step.trainer
+        suspects = [(batch, loss) for batch, loss in step.window if not math.isfinite(loss)] or step.window
         own = {
             "rank": trainer.global_rank,
-            "losses": [float(loss) for _, loss in window],
+            "losses": [float(loss) for _, loss in step.window],
             "rows": [str(row) for batch, _ in suspects for row in _rows(trainer, batch)],
-            "gradients": _nonfinite_gradients(pl_module),
-            "saved": self._save_for_a_look(trainer, suspects),
+            "gradients": _nonfinite_gradients(step),
+            "saved": self._save_for_a_look(step, suspects),
         }
-        message = _describe(trainer.global_step, gather_objects(own))
+        message = _describe(step.number, gather_objects(own))
         if self.on_nonfinite == "skip" and self.num_skipped < self.max_skips:
             self.num_skipped += 1
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    parameter.grad = None  # optimizers pass over what has no gradient: no decay, no momentum
             rank_zero_warn(f"{message}\nThe update is left out ({self.num_skipped} of at most {self.max_skips}).")
             return
         skipped = f" {self.num_skipped} updates have been left out before." if self.num_skipped else ""
@@ -294,11 +356,11 @@ class RunGuard(Callback):
             "and go on, write on_nonfinite: skip."
         )
 
-    def _save_for_a_look(self, trainer: L.Trainer, suspects: list[tuple[Any, Tensor]]) -> str:
+    def _save_for_a_look(self, step: _Step, suspects: list[tuple[Any, Tensor]]) -> str:
         """Save batches where ``torch.load(..., weights_only=True)`` reads them; return the path."""
-        folder = Path(self.report_dir or Path(trainer.default_root_dir) / "nonfinite")
-        path = folder / f"step={trainer.global_step}-rank={trainer.global_rank}.pt"
-        rows = [{"loss": float(loss), "rows": [str(r) for r in _rows(trainer, batch)]} for batch, loss in suspects]
+        folder = Path(self.report_dir or Path(step.trainer.default_root_dir) / "nonfinite")
+        path = folder / f"step={step.number}-rank={step.trainer.global_rank}.pt"
+        rows = [{"loss": float(loss), "rows": [str(r) for r in _rows(step.trainer, batch)]} for batch, loss in suspects]
         try:
             folder.mkdir(parents=True, exist_ok=True)
             torch.save([_on_host(batch) for batch, _ in suspects], path)
@@ -307,24 +369,35 @@ class RunGuard(Callback):
             return f"nowhere ({error})"
         return str(path)
 
-    def _watch_for_spike(self, trainer: L.Trainer, loss: float, window: list[tuple[Any, Tensor]]) -> None:
-        if self.spike_threshold is None or _scaler(trainer) is not None:  # a scaler's losses are scaled
+    def _watch_for_spike(self, step: _Step, loss: float) -> None:
+        if self.spike_threshold is None or _scaler(step.trainer) is not None:  # a scaler's losses are scaled
             return
         rise = self._losses.add(loss)
         if rise is None:
             return
-        step, told = trainer.global_step, f"{rise.loss:.3f}"
+        told = f"{rise.loss:.3f}"
         if rise.num_steps > 1:
-            told = f"The loss has risen to about {told} over the {rise.num_steps} steps up to step {step}"
+            told = f"The loss has risen to about {told} over the {rise.num_steps} steps up to step {step.number}"
             rank_zero_warn(f"{told}, from about {rise.before:.3f}. If it stays there, lower the learning rate.")
         else:
-            rows = [row for batch, _ in window for row in _rows(trainer, batch)]
-            rank_zero_warn(f"The loss jumped to {told} at step {step}, from about {rise.before:.3f}{_named(rows)}.")
+            rows = [row for batch, _ in step.window for row in _rows(step.trainer, batch)]
+            rank_zero_warn(
+                f"The loss jumped to {told} at step {step.number}, from about {rise.before:.3f}{_named(rows)}."
+            )
+
+    @override
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.settle()
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.settle()
 
     # Memory
 
     @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._decide_no_more()
         if isinstance(exception, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(exception):
             note = _out_of_memory_note(trainer, self._batch)
             if self._is_updating:
@@ -334,13 +407,15 @@ class RunGuard(Callback):
 
     @override
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._batch = None
+        self._batch = self._pending = None
         self._window.clear()
+        self._decide_no_more()
 
     # State
 
     @override
     def state_dict(self) -> dict[str, Any]:
+        self.settle()  # a checkpoint is being made
         return {"num_skipped": self.num_skipped, "losses": list(self._losses.losses)}
 
     @override
@@ -360,25 +435,18 @@ def _is_validating_in_fit(trainer: L.Trainer) -> bool:
 # Gradients and losses
 
 
-def _largest_gradient(optimizer: Optimizer, device: torch.device) -> Tensor:
-    """The largest magnitude among the gradients of this rank, NaN if one is NaN, in one fused pass."""
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
-    local = [g.detach() for g in local if g.numel()]
-    if not local:
-        return torch.zeros((), device=device)
-    return torch.stack([norm.float() for norm in torch._foreach_norm(local, float("inf"))]).max()
+def _largest_magnitudes(gradients: Sequence[Tensor | None], device: torch.device) -> Tensor:
+    """Return the largest magnitude of each gradient's part on this rank, NaN if one is NaN, in one fused pass."""
+    local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients if g is not None]
+    # A part that is empty has none.
+    norms = torch._foreach_norm([g.detach() if g.numel() else g.new_zeros(1) for g in local], float("inf"))
+    return torch.stack([norm.float() for norm in norms]) if norms else torch.zeros(0, device=device)
 
 
-def _nonfinite_gradients(pl_module: L.LightningModule) -> list[str]:
-    bad = []
-    for name, parameter in pl_module.named_parameters():
-        gradient = parameter.grad
-        if gradient is not None:
-            local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-            if not bool(torch.isfinite(local).all()):
-                bad.append(name)
-    return bad
+def _nonfinite_gradients(step: _Step) -> list[str]:
+    names = {id(parameter): name for name, parameter in step.pl_module.named_parameters()}
+    largest = zip(step.trained, step.largest.tolist(), strict=True)
+    return [names.get(id(each), "unnamed") for each, value in largest if not math.isfinite(value)]
 
 
 def _scaler(trainer: L.Trainer) -> Any:

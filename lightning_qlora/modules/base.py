@@ -49,6 +49,7 @@ from lightning_qlora.modules.lr_schedulers import WarmupCosine
 from lightning_qlora.modules.precision import check_precision
 from lightning_qlora.modules.special_tokens import add_stop_tokens, tokens_to_train
 from lightning_qlora.ranks import add_up
+from lightning_qlora.readback import Readback
 from lightning_qlora.redaction import scrub
 from lightning_qlora.schema import ChatDataModule, PromptBatch, SFTBatch
 from lightning_qlora.signals import tell_ranks_without_waiting
@@ -68,7 +69,8 @@ class CausalLMModule(L.LightningModule):
     loss and report to :meth:`count_terms` how many terms (tokens, pairs) it sums, and the gradient is divided once per
     optimizer step by the count of the whole step, over all micro-batches and ranks.
 
-    Logs at each optimizer step ``train_loss``, ``gradient_norm`` (before clipping) and ``learning_rate``.
+    Logs at each optimizer step ``train_loss``, ``gradient_norm`` (before clipping) and ``learning_rate``. The progress
+    bar shows ``loss``, on a GPU that of the step before, so that no step waits for its own.
 
     Args:
         model_name: The base: a Hugging Face id, a folder, a .gguf file, or package:NAME for a GGUF file that an
@@ -174,6 +176,7 @@ class CausalLMModule(L.LightningModule):
         self._supervised_forward: SupervisedForward | None = None
         self._adapter_keys: frozenset[str] = frozenset()
         self._window: Tensor | None = None  # sums of the optimizer step under way: loss, terms, extras
+        self._shown: Readback | None = None  # the loss of the last step
 
     @property
     @override
@@ -333,7 +336,7 @@ class CausalLMModule(L.LightningModule):
 
     @override
     def on_train_epoch_start(self) -> None:
-        self._window = None
+        self._window = self._shown = None
 
     @override
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -355,8 +358,17 @@ class CausalLMModule(L.LightningModule):
             self.log("gradient_norm", _full(get_total_norm(gradients)))
         # On the host: Lightning would copy a Python number to the GPU and wait for it.
         self.log("learning_rate", torch.tensor(float(optimizer.param_groups[0]["lr"])))
-        self.log("train_loss", loss_sum / num_terms, prog_bar=True)
+        loss = loss_sum / num_terms
+        self.log("train_loss", loss)
+        self._show(loss)
         self.on_step_totals(totals[2:])
+
+    def _show(self, loss: Tensor) -> None:
+        """Log what the progress bar shows; Lightning reads that in every step, and would wait for this one's loss."""
+        before, self._shown = self._shown, Readback(loss)
+        arrived = before if loss.is_cuda else self._shown
+        if arrived is not None:
+            self.log("loss", arrived.wait(), prog_bar=True, logger=False)
 
     def on_step_totals(self, extras: Tensor) -> None:
         """Hook for subclasses: the sums of :meth:`count_terms`' extras over the optimizer step and all ranks."""

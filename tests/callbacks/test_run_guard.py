@@ -1,3 +1,4 @@
+import copy
 import functools
 import json
 import math
@@ -10,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny_run import (
     Job,
+    LateGuard,
     TinyData,
     assert_equal,
     final_state,
@@ -245,11 +247,12 @@ def spoiled_module(job, **attributes):
     return module
 
 
+@pytest.mark.parametrize("guard", [RunGuard, LateGuard])
 @pytest.mark.parametrize(
     ("kind", "accumulate", "how"),
     [("SFT", a, how) for a in (1, 4) for how in ("loss", "gradient")] + [("DPO", 4, "loss"), ("ORPO", 1, "gradient")],
 )
-def test_stops_before_the_update(jobs, tmp_path, kind, accumulate, how):
+def test_stops_before_the_update(jobs, tmp_path, kind, accumulate, how, guard):
     job = jobs[kind]
     module = spoiled_module(job, how=how, spoiled=(8, 9))  # the last batch of the epoch
     before = {}
@@ -260,7 +263,7 @@ def test_stops_before_the_update(jobs, tmp_path, kind, accumulate, how):
             before.update(trained_tensors(module))
 
     with pytest.raises(NonFiniteError, match=rf"{how} is NaN or infinite") as raised:
-        fit_to_exit(job, tmp_path, Watch(), RunGuard(), checkpoint(tmp_path, every_n_train_steps=1), module=module,
+        fit_to_exit(job, tmp_path, Watch(), guard(), checkpoint(tmp_path, every_n_train_steps=1), module=module,
             accumulate_grad_batches=accumulate)  # fmt: skip
     assert_equal(before, trained_tensors(module))
     assert "train.jsonl:9, train.jsonl:10" in str(raised.value)
@@ -280,14 +283,16 @@ def test_stops_before_the_update(jobs, tmp_path, kind, accumulate, how):
 @pytest.mark.parametrize("accumulate", [1, 4])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("row", range(6))
-def test_stops_before_any_nonfinite_update(base, tmp_path, accumulate, value, row):
+@pytest.mark.parametrize("guard", [RunGuard, LateGuard])
+def test_stops_before_any_nonfinite_update(base, tmp_path, accumulate, value, row, guard):
     module = spoiled_module(base, value=value, spoiled=(2 * row, 2 * row + 1))
     with pytest.raises(NonFiniteError):
-        fit_to_exit(base, tmp_path, RunGuard(), checkpoint(tmp_path), module=module, accumulate_grad_batches=accumulate)
+        fit_to_exit(base, tmp_path, guard(), checkpoint(tmp_path), module=module, accumulate_grad_batches=accumulate)
     assert all(bool(torch.isfinite(tensor).all()) for tensor in module.state_dict().values())
 
 
-def test_skips_and_goes_on(base, tmp_path):
+@pytest.mark.parametrize("kind", [RunGuard, LateGuard])
+def test_skips_and_goes_on(base, tmp_path, kind):
     module = spoiled_module(base)
     seen = []
 
@@ -295,7 +300,7 @@ def test_skips_and_goes_on(base, tmp_path):
         def on_train_batch_end(self, trainer, module, *args):
             seen.append(trained_tensors(module))
 
-    guard = RunGuard(on_nonfinite="skip")
+    guard = kind(on_nonfinite="skip")
     with pytest.warns(UserWarning, match=r"left out \(1 of at most 3\)"):
         trainer, record, code = fit_to_exit(base, tmp_path, Watch(), guard, checkpoint(tmp_path), module=module)
     index = record.rows.index([4, 5])
@@ -307,24 +312,104 @@ def test_skips_and_goes_on(base, tmp_path):
     assert all(bool(torch.isfinite(value).all()) for entry in state.values() for value in entry.values())
 
 
+@pytest.mark.parametrize("kind", [RunGuard, LateGuard])
 @pytest.mark.filterwarnings("ignore:(?s).*left out")
-def test_stops_after_so_many_skips(base, tmp_path):
+def test_stops_after_so_many_skips(base, tmp_path, kind):
     module = spoiled_module(base)
-    guard = RunGuard(on_nonfinite="skip", max_skips=2)
+    guard = kind(on_nonfinite="skip", max_skips=2)
     with pytest.raises(NonFiniteError, match="2 updates have been left out before"):
         fit_to_exit(base, tmp_path, guard, checkpoint(tmp_path), module=module, max_epochs=5)
     assert guard.num_skipped == 2
 
 
+@pytest.mark.parametrize("kind", [RunGuard, LateGuard])
 @pytest.mark.filterwarnings("ignore:(?s).*left out")
-def test_skips_are_counted_across_restarts(base, tmp_path):
-    module = spoiled_module(base)
-    fit_to_exit(base, tmp_path, RunGuard("skip"), checkpoint(tmp_path), module=module)
-    guard = RunGuard("skip")
+def test_skips_are_counted_across_restarts(base, tmp_path, kind):
+    module = spoiled_module(base, spoiled=(8, 9))  # the last batch of the epoch, whose step is checked when it is saved
+    fit_to_exit(base, tmp_path, kind("skip"), checkpoint(tmp_path), module=module)
+    guard = kind("skip")
     fit_to_exit(
         base, tmp_path, guard, checkpoint(tmp_path), module=spoiled_module(base), max_epochs=2, ckpt_path="last"
     )
     assert guard.num_skipped == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("how", ["loss", "gradient"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_gpu_leaves_the_update_out(base, tmp_path, how, fused):
+    states, pending = [], []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer, module, *args):
+            states.append([trained_tensors(module), copy.deepcopy(trainer.optimizers[0].state_dict()["state"])])
+            pending.append(guard._pending is not None)
+
+    optimizer = functools.partial(torch.optim.AdamW, fused=fused, weight_decay=0.1)
+    for name in ("skip", "stop"):
+        states.clear()
+        guard = RunGuard(on_nonfinite=name)
+        module = spoiled_module(base, how=how)
+        module.optimizer = optimizer
+        run = functools.partial(fit_to_exit, base, tmp_path / name, guard, Watch(), checkpoint(tmp_path / name),
+            module=module, accelerator="gpu", precision="bf16-mixed")  # fmt: skip
+        if name == "skip":
+            _, record, _ = run()
+            index = record.rows.index([4, 5])
+            assert guard.num_skipped == 1
+            assert_equal(states[index], states[index - 1])
+            assert not torch.equal(next(iter(states[-1][0].values())), next(iter(states[index][0].values())))
+        else:
+            with pytest.raises(NonFiniteError, match=rf"{how} is NaN or infinite.*\n.*train.jsonl:5"):
+                run()
+            assert_equal(states[index - 1][0], trained_tensors(module))
+            assert len(states) == index + fused
+    assert all(pending) if fused else not any(pending)
+
+
+@pytest.mark.parametrize("how", ["loss", "gradient"])
+def test_a_step_is_checked_before_its_adapter_is_validated(base, tmp_path, how):
+    trained, validated = [], []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer, module, *args):
+            trained.append(trainer.global_step)
+
+        def on_validation_batch_start(self, trainer, *args):
+            validated.append(trainer.global_step)
+
+    with pytest.raises(NonFiniteError):
+        fit_to_exit(base, tmp_path, LateGuard(), Watch(), checkpoint(tmp_path), val_check_interval=1,
+            module=spoiled_module(base, how=how))  # fmt: skip
+    assert validated[-1] == trained[-1] - 1
+
+
+@pytest.mark.parametrize("is_spoiled", [False, True])
+def test_what_a_device_decided_is_over_with_the_step(base, tmp_path, is_spoiled):
+    told, optimizers = [], []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            optimizers[:] = trainer.optimizers
+            told.append(hasattr(trainer.optimizers[0], "found_inf"))
+
+    run = functools.partial(fit_to_exit, base, tmp_path, LateGuard(), Watch(), checkpoint(tmp_path))
+    if is_spoiled:
+        with pytest.raises(NonFiniteError):
+            run(module=spoiled_module(base))
+    else:
+        run()
+    assert told
+    assert not any(told)
+    assert not hasattr(optimizers[0], "found_inf")
+
+
+def test_a_step_that_is_checked_late_is_the_same_step(base, tmp_path):
+    states = [fit_to_exit(base, tmp_path / kind.__name__, kind(), checkpoint(tmp_path / kind.__name__))
+        for kind in (RunGuard, LateGuard)]  # fmt: skip
+    assert_equal(*(final_state(trainer) for trainer, _, _ in states))
+    assert states[0][1].losses == states[1][1].losses
 
 
 def test_a_report_that_cannot_be_written_does_not_hide_the_error(base, tmp_path):
@@ -378,7 +463,8 @@ def test_a_loss_scaler_is_left_to_cope(base, tmp_path, monkeypatch, scale, stops
 # Spikes
 
 
-def test_a_jump_of_the_loss_is_told(base, tmp_path):
+@pytest.mark.parametrize("guard", [RunGuard, LateGuard])
+def test_a_jump_of_the_loss_is_told(base, tmp_path, guard):
     class Jump(SFTModule):
         def training_step(self, batch, batch_idx):
             loss = super().training_step(batch, batch_idx)
@@ -387,7 +473,7 @@ def test_a_jump_of_the_loss_is_told(base, tmp_path):
     module = tiny_module(base)
     module.__class__ = Jump
     with pytest.warns(UserWarning, match=r"The loss jumped to .* at step 20, from about .*rows: train\.jsonl"):
-        fit_to_exit(base, tmp_path, RunGuard(), checkpoint(tmp_path), module=module, data=TinyData(batches=24))
+        fit_to_exit(base, tmp_path, guard(), checkpoint(tmp_path), module=module, data=TinyData(batches=24))
 
 
 def test_an_ordinary_run_has_no_jumps(base, tmp_path, recwarn):

@@ -16,7 +16,7 @@ import pytest
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from peft import PeftModel
-from tiny_run import Job, TinyData, assert_equal, make_jobs, tiny_module, tiny_trainer
+from tiny_run import Job, LateGuard, TinyData, assert_equal, make_jobs, tiny_module, tiny_trainer
 from torch.distributed.fsdp import fully_shard
 
 import lightning_qlora
@@ -70,7 +70,9 @@ def fit_on_rank(rank, port, trainer, module, data, ckpt_path, seed):
     trainer().fit(module(), datamodule=data, ckpt_path=ckpt_path)
 
 
-def two_ranks(job, root, *callbacks, name, module=None, ckpt_path=None, seed=0, checkpoint=None, **options):
+def two_ranks(
+    job, root, *callbacks, name, module=None, ckpt_path=None, seed=0, checkpoint=None, guard=RunGuard, **options
+):
     """Fit in two forked processes; return what each reported, and its exit code.
 
     ``job`` may be the base of a supervised one.
@@ -81,7 +83,7 @@ def two_ranks(job, root, *callbacks, name, module=None, ckpt_path=None, seed=0, 
 
     def trainer():
         publish = checkpoint or AdapterCheckpoint(root / "checkpoints", every_n_train_steps=1)
-        return tiny_trainer(root, *callbacks, RunGuard(), publish, Report(root / name), **options)
+        return tiny_trainer(root, *callbacks, guard(), publish, Report(root / name), **options)
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -245,20 +247,25 @@ def test_a_failed_save_raises_on_both(base, tmp_path, kind):
     assert [p.metadata["step"] for p in LocalStore(tmp_path / "checkpoints").published()] == [1]
 
 
+def test_a_rank_that_was_told_stops_both_a_step_later(base, tmp_path):
+    calm = two_ranks(base, tmp_path / "calm", name="calm")
+    check_interruption(base, tmp_path / "stopped", Tell([1], at=0), calm, guard=LateGuard)
+
+
 class NaNOnRankOne(SFTModule):
     def training_step(self, batch, batch_idx):
         loss = super().training_step(batch, batch_idx)
         return loss * math.nan if self.global_rank == 1 and batch_idx == 3 else loss
 
 
-@pytest.mark.soak
-def test_a_nonfinite_loss_on_one_rank_stops_both(base, tmp_path):
+@pytest.mark.parametrize("guard", [pytest.param(RunGuard, marks=pytest.mark.soak), LateGuard])
+def test_a_nonfinite_loss_on_one_rank_stops_both(base, tmp_path, guard):
     def module():
         built = tiny_module(base)
         built.__class__ = NaNOnRankOne
         return built
 
-    ends = two_ranks(base, tmp_path, name="run", module=module)
+    ends = two_ranks(base, tmp_path, name="run", module=module, guard=guard)
     for end in ends:
         assert "NonFiniteError" in end["exception"]
         assert "rank 1: micro-batch losses" in end["exception"]
