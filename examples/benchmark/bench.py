@@ -102,8 +102,11 @@ def longest_context(options: argparse.Namespace) -> dict[str, Any]:
         device="cuda" if on_gpu else "cpu",
     )
     budget = int(0.95 * (options.cap_gib or 8) * GIB) if on_gpu else memory.estimate(2048, plan="offload").peak
-    estimated = length = longest_that_fits(memory, budget)
-    short = Batches(Case("full", 64, 1), 1, SHAPES[options.shape]["vocab_size"])  # so that the optimizer's state is there
+    estimated = longest_that_fits(memory, budget)
+    length = min(estimated, options.max_length or estimated)
+    short = Batches(
+        Case("full", 64, 1), 1, SHAPES[options.shape]["vocab_size"]
+    )  # so that the optimizer's state is there
     while True:
         data = Batches(Case("full", length, 1), 1, SHAPES[options.shape]["vocab_size"])
         data.batches = [*short.batches, *data.batches]
@@ -141,7 +144,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--fused_lora", default="auto", choices=["auto", "true", "false"])
     parser.add_argument("--compile_layers", action="store_true")
     parser.add_argument("--cap_gib", type=float, help="share of the GPU's memory that the process may take")
-    parser.add_argument("--max_length", type=int, help="of a row, instead of the case's")
+    parser.add_argument("--max_length", type=int, help="of a row, instead of the case's; of a context, the most to try")
     parser.add_argument("--rows", type=int, help="in a batch, instead of the case's")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--optimizer", default="adamw", choices=sorted(OPTIMIZERS), help="adamw is the fused one")

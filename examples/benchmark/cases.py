@@ -62,11 +62,11 @@ def case_of(options: argparse.Namespace) -> Case:
     return case._replace(max_length=(options.max_length or case.max_length) // shrink, rows=options.rows or case.rows)
 
 
-def random_rows(case: Case, count: int, vocab: int) -> list[tuple[list[int], int]]:
+def random_rows(case: Case, count: int, vocab: int, learnable: bool = False) -> list[tuple[list[int], int]]:
     """Return rows of token ids and where in each the supervised tokens begin, the same ones for every trainer.
 
     Lengths of the kind ``chat`` are lognormal(6.0, 0.8), clipped to 32..max_length; the last 40 to 80 % of each row are
-    supervised.
+    supervised. In learnable rows 7 of 8 tokens follow from the one before.
     """
     source, rows = random.Random(0), []
     for _ in range(count):
@@ -74,6 +74,8 @@ def random_rows(case: Case, count: int, vocab: int) -> list[tuple[list[int], int
         if case.kind == "chat":
             length = min(length, max(min(32, length), int(source.lognormvariate(6.0, 0.8) * _scale(case))))
         ids = _ids(source, length, vocab)
+        if learnable:
+            _let_follow(ids, source, vocab)
         rows.append((ids, max(1, int(length * source.uniform(0.2, 0.6)))))
     return rows
 
@@ -95,6 +97,12 @@ def _scale(case: Case) -> float:
 def _ids(source: random.Random, length: int, vocab: int) -> list[int]:
     low, high = (1000, 49000) if vocab > 49000 else (3, vocab)
     return [source.randrange(low, high) for _ in range(length)]
+
+
+def _let_follow(ids: list[int], source: random.Random, vocab: int) -> None:
+    for i in range(1, len(ids)):
+        if source.random() < 7 / 8:
+            ids[i] = 3 + (5 * ids[i - 1] + 7) % (vocab - 3)
 
 
 def summary(seconds: Sequence[float], tokens: int, supervised: int) -> dict[str, Any]:

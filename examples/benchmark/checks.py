@@ -177,46 +177,58 @@ class Start(L.Callback):
 
 
 def curve(options: argparse.Namespace) -> dict[str, Any]:
-    """Train on a few batches, again and again, with fit and with plain code, and compare the losses.
+    """Train on a few batches, again and again, with fit, with plain code and with float32, and compare the losses.
 
-    Tokens are few different ones, so that the losses fall by much.
+    Tokens are few different ones that mostly follow from one another, so that the losses fall by much and all the
+    time. What rounding does to a training grows with it: how far plain code gets from float32 on the dequantised
+    weights says what a distance means.
     """
-    data = Batches(case_of(options), DISTINCT_BATCHES, DISTINCT_TOKENS)
+    data = Batches(case_of(options), DISTINCT_BATCHES, DISTINCT_TOKENS, learnable=True)
     data.batches = [data.batches[step % DISTINCT_BATCHES] for step in range(options.steps)]
     start, clock, module = Start(), Clock(options.device == "cuda"), make_module(options)
     make_trainer(options, options.steps, [start, clock]).fit(module, data)
     own = [loss.item() for loss in clock.losses]
     make_optimizer, plan, fused = module.optimizer, str(clock.plan), clock.fused
     del module, clock
-    free_memory()
-    plain = _plain_losses(options, data.batches, start.adapters, make_optimizer)
-    distances = [abs(one - two) / two for one, two in zip(_means(own), _means(plain), strict=True)]
+    plain: list[float] = []
+    exact: list[float] = []
+    for losses, is_exact in ((plain, False), (exact, True)):
+        free_memory()
+        losses += _plain_losses(options, data.batches, start.adapters, make_optimizer, is_exact)
     return {
         "plan_used": plan,
         "fused": fused,
         "losses": [round(loss, 4) for loss in own],
         "plain_losses": [round(loss, 4) for loss in plain],
-        "largest_distance": max(distances),
+        "exact_losses": [round(loss, 4) for loss in exact],
+        "largest_distance": _largest_distance(own, plain),
+        "largest_distance_to_exact": _largest_distance(own, exact),
+        "plain_distance_to_exact": _largest_distance(plain, exact),
     }
 
 
 def _plain_losses(
-    options: argparse.Namespace, batches: list[Any], adapters: Adapters, make_optimizer: Any
+    options: argparse.Namespace, batches: list[Any], adapters: Adapters, make_optimizer: Any, exact: bool
 ) -> list[float]:
-    model = plain_model(options, adapters, plan="none")  # of a small model, by default, and not twice as slow
+    model = plain_model(options, adapters, exact, plan="none")  # of a small model, by default, and not twice as slow
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(trained)
     for group in optimizer.param_groups:
         group["lr"] = options.lr
     losses = []
     for batch in batches:
-        with _autocast(options.device):
+        with nullcontext() if exact else _autocast(options.device):
             losses.append(plain_backward(model, _on_device(batch, options.device)))
         for parameter in trained:
             parameter.grad /= batch["targets"].numel()
         optimizer.step()
         optimizer.zero_grad()
     return losses
+
+
+def _largest_distance(losses: list[float], others: list[float]) -> float:
+    """Return how far the means over a window are apart at most, relative to the others'."""
+    return max(abs(one - two) / two for one, two in zip(_means(losses), _means(others), strict=True))
 
 
 def _means(losses: list[float]) -> list[float]:

@@ -31,11 +31,11 @@ from lightning_qlora.memory import MemoryModel, memory_of_run
 # Data
 
 
-def make_documents(case: Case, count: int, vocab: int) -> list[Document]:
+def make_documents(case: Case, count: int, vocab: int, learnable: bool = False) -> list[Document]:
     """Return so many rows as documents."""
     return [
         Document(np.array(ids, dtype=np.int32), np.array([[cut, len(ids)]], dtype=np.int32), number)
-        for number, (ids, cut) in enumerate(random_rows(case, count, vocab))
+        for number, (ids, cut) in enumerate(random_rows(case, count, vocab, learnable))
     ]
 
 
@@ -53,7 +53,7 @@ def make_answers(case: Case, count: int, vocab: int) -> list[Document]:
 class Batches(L.LightningDataModule):
     """The case's batches, each one flat row of isolated documents."""
 
-    def __init__(self, case: Case, steps: int, vocab: int) -> None:
+    def __init__(self, case: Case, steps: int, vocab: int, learnable: bool = False) -> None:
         super().__init__()
         self.tokens_per_batch = case.max_length * case.rows
         collate: Any = PackedCollator()
@@ -61,7 +61,8 @@ class Batches(L.LightningDataModule):
             documents, each = make_answers(case, steps * case.rows, vocab), 2 * case.rows
             collate = PreferenceBatching(True, self.tokens_per_batch, case.rows, share_prompts=True).collate
         else:
-            documents, each = make_documents(case, steps * case.rows * (8 if case.packed else 1), vocab), case.rows
+            each = case.rows
+            documents = make_documents(case, steps * each * (8 if case.packed else 1), vocab, learnable)
         numbers: Any = [range(i * each, (i + 1) * each) for i in range(steps)]
         if case.packed:
             numbers = list(pack_documents([len(row.input_ids) for row in documents], self.tokens_per_batch))[:steps]

@@ -116,11 +116,14 @@ def gates(records: list[Record]) -> list[str]:
 
 
 def curves(records: list[Record]) -> list[str]:
-    """Draw where the losses of many steps begin and end, beside those of plain code."""
+    """Draw where the losses of many steps begin and end, beside those of plain code and of float32."""
     rows = [[f"`{r['command'].removeprefix('bench.py ')}`", len(r["losses"]), f"{r['losses'][0]:.3f}",
-             f"{r['losses'][-1]:.3f}", f"{r['plain_losses'][-1]:.3f}", f"{r['largest_distance']:.2%}"]
-            for r in records if "plain_losses" in r]  # fmt: skip
-    head = ["training", "steps", "first loss", "last loss", "of plain code", "largest distance of means over 10 steps"]
+             *(f"{r[name][-1]:.3f}" for name in ("losses", "plain_losses", "exact_losses")),
+             *(f"{r[name]:.2%}" for name in
+               ("largest_distance", "largest_distance_to_exact", "plain_distance_to_exact"))]
+            for r in records if "exact_losses" in r]  # fmt: skip
+    head = ["training", "steps", "first loss", "last loss", "of plain code", "of float32",
+            "largest distance of means over 10 steps", "to float32", "plain code to float32"]  # fmt: skip
     return ["## Losses beside plain code", "", *_table(head, rows)] if rows else []
 
 
@@ -257,7 +260,7 @@ def draw(records: list[Record], floor: Record | None, folder: Path) -> list[str]
             axes.set_ylim(bottom=0)
             axes.grid(alpha=0.3)
             shown.append(_save(figure, folder, name, title))
-    shown += [_draw_curve(pyplot, r, folder) for r in records if "plain_losses" in r][:1]
+    shown += [_draw_curve(pyplot, r, folder) for r in records if "exact_losses" in r][:1]
     own = next((r for r in records if r["command"] == "bench.py run full2k --plan none" and "mean_step_ms" in r), None)
     if floor is not None and own is not None and floor["shape"] == own["shape"]:
         shown.append(_draw_breakdown(pyplot, floor, own, folder))
@@ -266,6 +269,7 @@ def draw(records: list[Record], floor: Record | None, folder: Path) -> list[str]
 
 def _draw_curve(pyplot: Any, record: Record, folder: Path) -> str:
     figure, axes = pyplot.subplots(figsize=(6, 3.4), layout="constrained")
+    axes.plot(record["exact_losses"], label="float32", linewidth=5, alpha=0.25)
     axes.plot(record["plain_losses"], label="plain code", linewidth=3, alpha=0.4)
     axes.plot(record["losses"], label="lightning_qlora", linewidth=1)
     title = f"Loss of {len(record['losses'])} steps from the same start ({record['shape']})"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -179,19 +179,23 @@ class _Moved:
         numel = self.nbytes // tensor.itemsize
         self.on_device: Tensor | None = tensor.detach().as_strided((numel,), (1,), 0)
         self.copied: torch.cuda.Event | None = None
-        self.host: Tensor | None = None
+        self.host: list[Tensor] | None = None
         if not tensor.is_meta:  # a count of memory
-            self.host = torch.empty(numel, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
-            self._copy(self.host, self.on_device)
+            self.sizes = _pieces(numel)
+            options: dict[str, Any] = {"dtype": tensor.dtype, "device": "cpu", "pin_memory": tensor.is_cuda}
+            self.host = [torch.empty(size, **options) for size in self.sizes]
+            self._copy(self.host, self.on_device.split(self.sizes))
 
-    def _copy(self, target: Tensor, source: Tensor) -> None:
+    def _copy(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
         if self.device.type != "cuda":
-            target.copy_(source)
+            for target, source in zip(targets, sources, strict=True):
+                target.copy_(source)
             return
         stream = self.owner.stream(self.gpu)
         stream.wait_stream(torch.cuda.current_stream(self.gpu))  # source is computed, and target's memory is free
         with torch.cuda.stream(stream):
-            target.copy_(source, non_blocking=True)
+            for target, source in zip(targets, sources, strict=True):
+                target.copy_(source, non_blocking=True)
             self.copied = stream.record_event()
 
     def _wait(self) -> None:
@@ -220,7 +224,7 @@ class _Moved:
             self.has_left = True
             self.on_device = torch.empty(self.nbytes // self.dtype.itemsize, dtype=self.dtype, device=self.device)
             if self.host is not None:
-                self._copy(self.on_device, self.host)
+                self._copy(self.on_device.split(self.sizes), self.host)
 
     def __del__(self) -> None:
         """Nobody asked for it after all: its memory on the device is not used again before the copy is complete."""
@@ -238,3 +242,15 @@ class _Moved:
         if self.uses <= 0:
             self.on_device = None
         return tensor
+
+
+def _pieces(numel: int) -> list[int]:
+    """Cut so many elements into pieces of a power of two each, but for the last; together 1/8 more at most.
+
+    torch takes pinned memory in blocks of powers of two: as one block a tensor could take twice what it is.
+    """
+    unit = max(1, (1 << (numel - 1).bit_length()) // 16)
+    units = -(numel // -unit)
+    sizes = [unit << bit for bit in reversed(range(units.bit_length())) if units >> bit & 1]
+    sizes[-1] -= sum(sizes) - numel
+    return sizes

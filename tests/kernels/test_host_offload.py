@@ -6,6 +6,8 @@ import gc
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from lightning_qlora.kernels import elementwise, host_offload
@@ -280,3 +282,21 @@ def test_a_formed_tensor_has_its_source_again(monkeypatch):
     assert elementwise.source_of(formed).tensors[0] is x
     assert elementwise.source_of(formed.view(12)) is not None
     assert elementwise.source_of(formed[:1]) is None
+
+
+@given(st.integers(1, 10**12))
+def test_pieces_are_blocks_of_pinned_memory(numel):
+    sizes = host_offload._pieces(numel)
+    assert sum(sizes) == numel
+    assert min(sizes) > 0
+    assert len(sizes) <= 4
+    assert all(size.bit_count() == 1 for size in sizes[:-1])
+    assert sum(1 << (size - 1).bit_length() for size in sizes) <= 1.125 * numel + 1
+
+
+def test_what_is_in_pieces_comes_back_as_it_was():
+    x, weight, offload = torch.randn(11, 37), nn.Parameter(torch.randn(37)), Watched()
+    (expected,) = torch.autograd.grad((x * weight).sin().sum(), weight)
+    (found,) = torch.autograd.grad(offload(lambda x: (x * weight).sin(), x).sum(), weight)
+    assert max(len(each.sizes) for each in offload.moved) > 1
+    assert torch.equal(found, expected)
