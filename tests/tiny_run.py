@@ -204,7 +204,7 @@ def fit_to_exit(
 class LateGuard(RunGuard):
     """Learns what a step was like at the next one, as on a GPU; the fused optimizer of CPUs does its part too."""
 
-    def _device_decides(self, trainer: L.Trainer, optimizer: Any) -> bool:
+    def _device_decides(self, step: Any) -> bool:
         return True
 
 

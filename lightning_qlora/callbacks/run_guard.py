@@ -14,7 +14,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.environments import SLURMEnvironment
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
@@ -36,6 +36,8 @@ PREEMPTED_EXIT_CODE = 143
 """128 + SIGTERM: what batch systems read as "stopped from outside, start it again"."""
 
 _NAMED_ROWS = 8
+_ONE_OPTIMIZER = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy, FSDPStrategy)
+"""Strategies that step torch's optimizer as it is."""
 
 _TORN_UPDATE = (
     "\nIt ran out in the optimizer's own step: some tensors in memory may be updated and others not, which is the "
@@ -291,7 +293,7 @@ class RunGuard(Callback):
         status = add_up(torch.stack([loss_sum, count, (~torch.isfinite(largest).all()).float(), told]))
         step = _Step(trainer.global_step, window, trained, largest, Readback(status), trainer, pl_module, optimizer)
         self.settle()  # the step before
-        if self._device_decides(trainer, optimizer):
+        if self._device_decides(step):
             is_finite = torch.isfinite(status[0]) & (status[2] == 0)
             optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]  # as torch's GradScaler tells it
             self._deciding, self._pending = optimizer, step
@@ -300,13 +302,13 @@ class RunGuard(Callback):
                 parameter.grad = None  # optimizers pass over what has no gradient: no decay, no momentum
         self._is_updating = True
 
-    def _device_decides(self, trainer: L.Trainer, optimizer: Optimizer) -> bool:
+    def _device_decides(self, step: _Step) -> bool:
         """Whether the optimizer itself leaves out an update that a number on its GPU speaks against."""
         return (
-            trainer.strategy.root_device.type == "cuda"
-            and isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
-            and getattr(optimizer, "_step_supports_amp_scaling", False)  # what GradScaler asks
-            and _scaler(trainer) is None
+            all(parameter.is_cuda for parameter in step.trained)
+            and isinstance(step.trainer.strategy, _ONE_OPTIMIZER)
+            and getattr(step.optimizer, "_step_supports_amp_scaling", False)  # what GradScaler asks
+            and _scaler(step.trainer) is None
         )
 
     def _decide_no_more(self) -> None:

@@ -1,5 +1,6 @@
 """AdapterCheckpoint and RunGuard on two processes: they agree, or both raise; neither waits for ever."""
 
+import functools
 import json
 import math
 import multiprocessing
@@ -330,6 +331,26 @@ def test_sharded_adapters_are_published_whole(base, tmp_path, distributed):
     shapes = {name: p.shape for name, p in fresh.model.named_parameters() if "lora_" in name}
     assert {name: p.shape for name, p in loaded.named_parameters() if "lora_" in name} == shapes
     assert all(p.abs().sum() > 0 for name, p in loaded.named_parameters() if "lora_B" in name)
+
+
+class NaNInSharded(NaNOnRankOne, ShardedLayers):
+    pass
+
+
+def test_a_nonfinite_loss_of_one_rank_leaves_sharded_adapters_as_they_were(base, tmp_path):
+    def module():
+        built = tiny_module(base)
+        built.__class__ = NaNInSharded
+        return built
+
+    for kind in (RunGuard, LateGuard):
+        folder = tmp_path / kind.__name__
+        options = {"strategy": ModelParallelStrategy(2, 1), "guard": functools.partial(kind, "skip")}
+        ends = two_ranks(base, folder, name="run", module=module, **options)
+        assert [(end["code"], end["exception"]) for end in ends] == [(0, "None")] * 2
+    adapters = [LocalStore(tmp_path / kind / "checkpoints").newest_valid() for kind in ("RunGuard", "LateGuard")]
+    assert adapters[0].metadata["step"] == 3
+    assert adapters[0].files["adapter_model.safetensors"] == adapters[1].files["adapter_model.safetensors"]
 
 
 class Die(L.Callback):

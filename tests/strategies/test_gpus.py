@@ -12,6 +12,7 @@ import torch
 from tiny_models import save_tiny_model
 from tiny_run import TinyData, tiny_module, tiny_trainer
 
+from lightning_qlora.callbacks import RunGuard
 from lightning_qlora.strategies import FSDP2Strategy
 
 ROOT = Path(__file__).parents[2]
@@ -65,7 +66,7 @@ def train(base, root, strategy, precision="32-true", offload=False, accelerator=
     module = tiny_module(base, dropout=0.0, lr=1e-3, activation_checkpointing="full")
     module.load_base = note_peak(watch, module.load_base)
     trainer = tiny_trainer(
-        Path(root), watch, accelerator=accelerator, devices=2, precision=precision, max_epochs=1,
+        Path(root), watch, RunGuard(), accelerator=accelerator, devices=2, precision=precision, max_epochs=1,
         strategy=FSDP2Strategy(cpu_offload=True) if offload else strategy, enable_checkpointing=False,
     )  # fmt: skip
     trainer.fit(module, datamodule=TinyData(batches=batches))
