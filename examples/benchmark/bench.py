@@ -151,6 +151,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, help="2e-4, of a curve 1e-3")
     parser.add_argument("--steps", type=int, help="that are measured: 10, of a curve 200")
     parser.add_argument("--warmup", type=int, default=4)
+    parser.add_argument("--batches", type=int, help="different ones of a curve; as many as steps if left out")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--shape", choices=sorted(SHAPES), help="of the model: 8b, of a curve 0.5b")
     options = parser.parse_args(arguments)

@@ -163,7 +163,6 @@ def plain_backward(model: PeftModel, batch: Any) -> float:
 
 # Many steps
 
-DISTINCT_BATCHES = 4
 DISTINCT_TOKENS = 64
 WINDOW = 10
 
@@ -177,14 +176,15 @@ class Start(L.Callback):
 
 
 def curve(options: argparse.Namespace) -> dict[str, Any]:
-    """Train on a few batches, again and again, with fit, with plain code and with float32, and compare the losses.
+    """Train with fit, with plain code and with float32, and compare the losses.
 
-    Tokens are few different ones that mostly follow from one another, so that the losses fall by much and all the
-    time. What rounding does to a training grows with it: how far plain code gets from float32 on the dequantised
-    weights says what a distance means.
+    Tokens are few different ones that mostly follow from one another, so that the losses fall by much. Of few batches,
+    seen again and again, the others are learned by heart, which rounding sends down another path each time: how far
+    plain code gets from float32 on the dequantised weights says what a distance means.
     """
-    data = Batches(case_of(options), DISTINCT_BATCHES, DISTINCT_TOKENS, learnable=True)
-    data.batches = [data.batches[step % DISTINCT_BATCHES] for step in range(options.steps)]
+    distinct = options.batches or options.steps
+    data = Batches(case_of(options), distinct, DISTINCT_TOKENS, learnable=True)
+    data.batches = [data.batches[step % distinct] for step in range(options.steps)]
     start, clock, module = Start(), Clock(options.device == "cuda"), make_module(options)
     make_trainer(options, options.steps, [start, clock]).fit(module, data)
     own = [loss.item() for loss in clock.losses]
