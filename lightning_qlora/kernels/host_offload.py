@@ -20,6 +20,7 @@ from lightning_qlora.kernels.elementwise import Source, source_of
 
 __all__ = ["HostOffload", "formed_again"]
 
+_PIECE = 16 * 2**20  # bytes of a block on the host, of several
 _LEAST_BYTES = 2 * 2**20  # statistics of attention and adapters' products are less, and not worth a copy
 
 
@@ -181,7 +182,7 @@ class _Moved:
         self.copied: torch.cuda.Event | None = None
         self.host: list[Tensor] | None = None
         if not tensor.is_meta:  # a count of memory
-            self.sizes = _pieces(numel)
+            self.sizes = _pieces(numel, tensor.itemsize)
             options: dict[str, Any] = {"dtype": tensor.dtype, "device": "cpu", "pin_memory": tensor.is_cuda}
             self.host = [torch.empty(size, **options) for size in self.sizes]
             self._copy(self.host, self.on_device.split(self.sizes))
@@ -244,13 +245,13 @@ class _Moved:
         return tensor
 
 
-def _pieces(numel: int) -> list[int]:
-    """Cut so many elements into pieces of a power of two each, but for the last; together 1/8 more at most.
+def _pieces(numel: int, itemsize: int) -> list[int]:
+    """Cut so many elements into pieces of one size and a rest.
 
-    torch takes pinned memory in blocks of powers of two: as one block a tensor could take twice what it is.
+    torch takes pinned memory in blocks of powers of two, and keeps each for others of its size: as one block, a tensor
+    could take twice what it is. The size is the same for all tensors up to 256 MiB; larger ones are 9 to 16 pieces.
     """
-    unit = max(1, (1 << (numel - 1).bit_length()) // 16)
-    units = -(numel // -unit)
-    sizes = [unit << bit for bit in reversed(range(units.bit_length())) if units >> bit & 1]
-    sizes[-1] -= sum(sizes) - numel
-    return sizes
+    nbytes = numel * itemsize
+    piece = max(_PIECE, (1 << (nbytes - 1).bit_length()) // 16) // itemsize
+    whole, rest = divmod(numel, piece)
+    return [piece] * whole + [rest] * (rest > 0)
