@@ -297,7 +297,7 @@ class RunGuard(Callback):
             is_finite = torch.isfinite(status[0]) & (status[2] == 0)
             optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]  # as torch's GradScaler tells it
             self._deciding, self._pending = optimizer, step
-        elif self._is_to_be_left_out(step):
+        elif self._leaves_out(step):
             for parameter in trained:
                 parameter.grad = None  # optimizers pass over what has no gradient: no decay, no momentum
         self._is_updating = True
@@ -324,9 +324,10 @@ class RunGuard(Callback):
         """
         step, self._pending = self._pending, None
         if step is not None:
-            self._is_to_be_left_out(step)  # it has been
+            self._leaves_out(step)  # where it says so, the device has done it
 
-    def _is_to_be_left_out(self, step: _Step) -> bool:
+    def _leaves_out(self, step: _Step) -> bool:
+        """Read a step's numbers and say what there is to say; return whether its update is to be left out."""
         loss_sum, count, bad_gradients, any_told = step.status.wait().tolist()
         self._leaving = any_told > 0
         if not math.isfinite(loss_sum) or (bad_gradients and not _scaler_copes(step.trainer)):
