@@ -2,7 +2,9 @@
 
 ``torch.nn.attention.varlen`` came with torch 2.10 and its signature has changed with each release since. So the
 arguments follow the signature that is installed, and the first call on a device compares the kernel with plain
-arithmetic, forward and backward, on a small random batch; a kernel that fails is not used there.
+arithmetic, forward and backward, on a small random batch; a kernel that fails is not used there. The operator around
+the kernel is written in Python and costs the host more than the kernel's launch: where nobody looks at operators, and
+the kernel without it computes the same, it is called without.
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from lightning_qlora.kernels.launching import on_gpu
+from lightning_qlora.kernels.launching import are_operators_wanted, on_gpu
 from lightning_qlora.kernels.self_check import (
     CHECK_LENGTHS,
     CHECK_PROMPTS,
@@ -144,9 +147,11 @@ def attend_documents(
         )
         return None
     kind = query.device, dtype, num_heads, key.shape[1], head_dim
-    if not _is_trusted(_case(*kind, windowed=window is not None, shared=keys is not None)):
+    case = _case(*kind, windowed=window is not None, shared=keys is not None)
+    bare = not are_operators_wanted() and _is_bare_trusted(case)
+    if not bare and not _is_trusted(case):
         return None
-    return attend_in_graph(query, key, value, offsets, longest, dtype, scaling, window, keys)
+    return attend_in_graph(query, key, value, offsets, longest, dtype, scaling, window, keys, bare)
 
 
 def is_trusted(
@@ -173,13 +178,15 @@ def attend_in_graph(
     scaling: float | None = None,
     sliding_window: int | None = None,
     keys: SharedKeys | None = None,
+    bare: bool = False,
 ) -> Tensor:
     """Attend as :func:`attend_documents` does, unasked: where the caller knows that the kernel fits.
 
-    Nothing here looks at numbers, so that a graph of ``torch.compile`` can contain it.
+    Nothing here looks at numbers, so that a graph of ``torch.compile`` can contain it, unless the kernel is to be
+    called bare.
     """
     query, key, value = (tensor.squeeze(0).transpose(0, 1).to(dtype) for tensor in (query, key, value))
-    return _call(query, key, value, offsets, longest, scaling, sliding_window, keys)[None]
+    return _call(query, key, value, offsets, longest, scaling, sliding_window, keys, bare)[None]
 
 
 def product_dtype(query: Tensor) -> torch.dtype:
@@ -211,8 +218,16 @@ def _call(
     scaling: float | None,
     window: int | None,
     keys: SharedKeys | None = None,
+    bare: bool = False,
 ) -> Tensor:
     """Call the kernel with (T, heads, head_dim) tensors, by the names that this torch knows."""
+    ends, most = offsets, longest
+    if keys is not None:  # fewer queries than keys are the last ones
+        key, value = key.index_select(0, keys.tokens), value.index_select(0, keys.tokens)
+        ends, most = keys.starts, keys.longest
+    if bare:
+        apply: Any = _Bare.apply
+        return apply(query, key, value, offsets, ends, longest, most, scaling, window)  # type: ignore[no-any-return]
     options: dict[str, Any] = {}
     if _knows("window_size"):  # how far to look back and ahead, the token itself not counted
         options["window_size"] = (-1 if window is None else window - 1, 0)
@@ -224,15 +239,66 @@ def _call(
         options["scale"] = scaling
     elif scaling is not None:
         query = query * (scaling * query.shape[-1] ** 0.5)
-    ends, most = offsets, longest
-    if keys is not None:  # fewer queries than keys are the last ones
-        key, value = key.index_select(0, keys.tokens), value.index_select(0, keys.tokens)
-        ends, most = keys.starts, keys.longest
     output: Any = varlen_attn(query, key, value, offsets, ends, longest, most, **options)
     return output  # type: ignore[no-any-return]  # a tuple only where more is asked for
 
 
+class _Bare(torch.autograd.Function):
+    """The kernel without torch's operator around it; what is saved is the same."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        offsets: Tensor,
+        ends: Tensor,
+        longest: int,
+        most: int,
+        scaling: float | None,
+        window: int | None,
+    ) -> Tensor:
+        ctx.numbers = longest, most, 0.0, window is None  # no dropout
+        ctx.options = {
+            "scale": scaling,
+            "window_size_left": -1 if window is None else window - 1,
+            "window_size_right": 0,
+        }
+        output, sums, *_ = _flash_forward(query, key, value, offsets, ends, *ctx.numbers, False, **ctx.options)
+        ctx.save_for_backward(query, key, value, output, sums, offsets, ends)
+        return output  # type: ignore[no-any-return]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        random, unused = _of_no_dropout(gradient.device)
+        found = _flash_backward(gradient, *ctx.saved_tensors, *ctx.numbers, random, unused, **ctx.options)
+        return (*found, None, None, None, None, None, None)
+
+
+_flash_forward: Any
+_flash_backward: Any
+try:
+    _flash_forward = torch.ops.aten._flash_attention_forward.default
+    _flash_backward = torch.ops.aten._flash_attention_backward.default
+except AttributeError:  # not promised to anyone
+    _flash_forward = _flash_backward = None
+
+
+@cache
+def _of_no_dropout(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return what the backward pass takes for the state of random numbers, and an empty tensor."""
+    return torch.zeros(2, dtype=torch.uint64, device=device), torch.empty(0, device=device)
+
+
 # The check
+
+
+@cache
+def _is_bare_trusted(case: AttentionCase) -> bool:
+    """Whether the kernel without its operator computes here what it should."""
+    return case.device.type != "meta" and find_fault(_attend_check(case, bare=True), case) is None
 
 
 @cache
@@ -266,10 +332,11 @@ def _case(
     return AttentionCase(device, dtype, num_heads, num_key_heads, head_dim, CHECK_LENGTHS, prompts, window)
 
 
-def _attend_check(case: AttentionCase) -> Attend:
+def _attend_check(case: AttentionCase, bare: bool = False) -> Attend:
     offsets, longest = document_offsets(case.lengths, case.device), max(case.lengths)
     keys = shared_keys(case.lengths, case.shared_prompts, case.device) if case.shared_prompts else None
-    return lambda query, key, value, scaling: _call(query, key, value, offsets, longest, scaling, case.window, keys)
+    more = case.window, keys, bare
+    return lambda query, key, value, scaling: _call(query, key, value, offsets, longest, scaling, *more)
 
 
 @cache

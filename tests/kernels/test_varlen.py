@@ -55,10 +55,30 @@ class StandIn:
         return (torch.cat(parts) * (1 + self.wrong)).to(query.dtype)
 
 
-@pytest.fixture(params=["2.13", "2.12", "2.10"])
+@pytest.fixture(params=["bare", "2.13", "2.12", "2.10"])
 def stand_in(request, monkeypatch):
-    """The kernel with the signatures it has had."""
+    """The kernel with the signatures it has had, and without the operator around it."""
     kernel = StandIn()
+
+    def forward(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, dropout_p, is_causal, return_debug_mask, *, scale,
+                window_size_left, window_size_right):  # fmt: skip
+        assert (dropout_p, return_debug_mask, window_size_right, is_causal) == (0.0, False, 0, window_size_left < 0)
+        ends = cu_seq_q, cu_seq_k, max_q, max_k
+        output = kernel.attend(query, key, value, *ends, scale, window_size_left, True)
+        return output, query.new_ones(query.shape[:2], dtype=torch.float32).t(), None, None, None
+
+    def backward(grad_out, query, key, value, out, logsumexp, cu_seq_q, cu_seq_k, max_q, max_k, dropout_p, is_causal,
+                 rng_state, unused, *, scale, window_size_left, window_size_right):  # fmt: skip
+        assert logsumexp.shape == query.shape[1::-1]
+        assert rng_state.dtype == torch.uint64
+        inputs = [each.detach().requires_grad_() for each in (query, key, value)]
+        done = len(kernel.calls)
+        with torch.enable_grad():
+            ends = cu_seq_q, cu_seq_k, max_q, max_k
+            again = kernel.attend(*inputs, *ends, scale, window_size_left, True)
+        del kernel.calls[done:]
+        assert again.isnan().any() or torch.equal(again, out)
+        return torch.autograd.grad(again, inputs, grad_out)
 
     def newest(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
                window_size=(-1, -1), enable_gqa=False, seqused_k=None, block_table=None, num_splits=None):  # fmt: skip
@@ -74,8 +94,15 @@ def stand_in(request, monkeypatch):
         assert is_causal
         return kernel.attend(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, None, -1, True)
 
+    def around(*args, window_size=None, enable_gqa=None, scale=None, **options):
+        pytest.fail("the operator was called")
+
     kernel.version = request.param
-    monkeypatch.setattr(varlen, "varlen_attn", {"2.13": newest, "2.12": before, "2.10": first}[request.param])
+    if kernel.version == "bare":
+        monkeypatch.setattr(varlen, "_flash_forward", forward)
+        monkeypatch.setattr(varlen, "_flash_backward", backward)
+    operators = {"2.13": newest, "2.12": before, "2.10": first, "bare": around}
+    monkeypatch.setattr(varlen, "varlen_attn", operators[kernel.version])
     monkeypatch.setattr(varlen, "on_gpu", lambda tensor: True)
     clear()
     yield kernel
@@ -83,7 +110,7 @@ def stand_in(request, monkeypatch):
 
 
 def clear():
-    for function in (varlen._parameters, varlen._is_trusted, varlen._say_once):
+    for function in (varlen._parameters, varlen._is_bare_trusted, varlen._is_trusted, varlen._say_once):
         function.cache_clear()
 
 
@@ -183,6 +210,7 @@ def test_without_a_gpu_or_the_kernel_it_is_not_called(stand_in, monkeypatch):
     assert stand_in.calls == []
 
 
+@pytest.mark.parametrize("stand_in", ["2.13", "2.12", "2.10"], indirect=True)
 @pytest.mark.parametrize("wrong", [0.2, float("nan")])
 def test_a_kernel_that_is_off_is_not_used_and_said_so_once(stand_in, wrong, caplog):
     stand_in.wrong = wrong
@@ -197,6 +225,51 @@ def test_a_kernel_that_is_off_is_not_used_and_said_so_once(stand_in, wrong, capl
     assert "its output is off" in said[0]
 
 
+@pytest.mark.parametrize("stand_in", ["bare"], indirect=True)
+@pytest.mark.parametrize("fault", ["wrong", "nan", "missing"])
+def test_without_its_operator_a_kernel_is_called_where_it_computes_the_same(stand_in, monkeypatch, caplog, fault):
+    operator = []
+
+    def newest(*args, scale=None, window_size=None, enable_gqa=None):
+        operator.append(args)
+        stand_in.wrong = 0.0
+        return stand_in.attend(*args, scale, window_size[0], enable_gqa)
+
+    monkeypatch.setattr(varlen, "varlen_attn", newest)
+    stand_in.wrong = {"wrong": 0.2, "nan": float("nan"), "missing": 0.0}[fault]
+    if fault == "missing":
+        monkeypatch.setattr(varlen, "_flash_forward", None)
+    inputs = random_inputs()
+    with caplog.at_level("INFO"):
+        found = attend(inputs)
+    assert len(operator) == 2  # compared, and used
+    torch.testing.assert_close(found, attend(inputs, starts=None), rtol=2e-2, atol=2e-2)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("stand_in", ["bare"], indirect=True)
+def test_who_looks_at_operators_sees_one(stand_in, monkeypatch):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Look(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            return function(*args, **(kwargs or {}))
+
+    called = []
+
+    def newest(*args, scale=None, window_size=None, enable_gqa=None):
+        called.append(args)
+        return stand_in.attend(*args, scale, window_size[0], enable_gqa)
+
+    monkeypatch.setattr(varlen, "varlen_attn", newest)
+    attend(random_inputs())
+    assert called == []
+    with Look():
+        attend(random_inputs())
+    assert called
+
+
+@pytest.mark.parametrize("stand_in", ["2.13", "2.12", "2.10"], indirect=True)
 def test_a_kernel_that_fails_is_not_used(stand_in, monkeypatch, caplog):
     def fail(*args, window_size=None, **options):
         raise RuntimeError("no kernel image")
@@ -237,7 +310,7 @@ def test_batches_beyond_the_index_of_the_backward_pass_go_one_by_one(stand_in, m
     assert sum("than the varlen attention kernel can index" in r.getMessage() for r in caplog.records) == 1
 
 
-@pytest.mark.parametrize("stand_in", ["2.13", "2.12"], indirect=True)  # the first one knew no windows
+@pytest.mark.parametrize("stand_in", ["bare", "2.13", "2.12"], indirect=True)  # the first one knew no windows
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_a_model_calls_it_once_a_layer(stand_in, family):
     torch.manual_seed(0)
@@ -274,6 +347,7 @@ def test_the_installed_signature_is_one_that_is_known():
 @pytest.mark.parametrize("windowed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(32, 8, 128), (4, 4, 64), (8, 4, 256)])
-def test_the_kernel_itself_passes_the_comparison(shape, dtype, windowed, shared):
+@pytest.mark.parametrize("bare", [False, True])
+def test_the_kernel_itself_passes_the_comparison(shape, dtype, windowed, shared, bare):
     case = varlen._case(torch.device("cuda", 0), dtype, *shape, windowed=windowed, shared=shared)
-    assert self_check.compare_attention(varlen._attend_check(case), case) is None
+    assert self_check.compare_attention(varlen._attend_check(case, bare), case) is None
