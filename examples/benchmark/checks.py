@@ -202,8 +202,6 @@ def curve(options: argparse.Namespace) -> dict[str, Any]:
         "plain_losses": [round(loss, 4) for loss in plain],
         "exact_losses": [round(loss, 4) for loss in exact],
         "largest_distance": _largest_distance(own, plain),
-        "largest_distance_to_exact": _largest_distance(own, exact),
-        "plain_distance_to_exact": _largest_distance(plain, exact),
     }
 
 
