@@ -38,7 +38,7 @@ with quick_imports():  # as the command line does
     from fits import OPTIMIZERS, Batches, Clock, make_module, make_trainer
     from timeline import timeline
 
-    from lightning_qlora import PerformanceMonitor
+    from lightning_qlora import PerformanceMonitor, RunGuard
     from lightning_qlora.memory import PLANS, MemoryModel, build_optimizer, optimizer_memory, skeleton_of
 
 IMPORTED = time.perf_counter()
@@ -54,7 +54,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     module = make_module(options)
     clock = Clock(on_gpu)
     begun = time.perf_counter()
-    make_trainer(options, steps, [clock, PerformanceMonitor()]).fit(module, data)
+    make_trainer(options, steps, [clock, PerformanceMonitor(), RunGuard()]).fit(module, data)
     supervised = sum(batch["targets"].numel() for batch in data.batches[options.warmup :])
     memory = {"predicted_gib": round(predicted_peak(clock, data) / GIB, 3)}
     if on_gpu:

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader  # noqa: E402
 from transformers import PreTrainedModel  # noqa: E402
 from typing_extensions import override  # noqa: E402
 
-from lightning_qlora import AdapterCheckpoint, PerformanceMonitor, SFTModule  # noqa: E402
+from lightning_qlora import AdapterCheckpoint, PerformanceMonitor, RunGuard, SFTModule  # noqa: E402
 from lightning_qlora.data.batching import Batching  # noqa: E402
 from lightning_qlora.data.collators import Document  # noqa: E402
 from lightning_qlora.model import compute_dtype  # noqa: E402
@@ -92,7 +92,7 @@ def run(case: Case) -> dict[str, Any]:
     L.seed_everything(0, verbose=False)
     cap_memory(case.cap_gib, int(os.environ["LOCAL_RANK"]))
     started = Started()
-    callbacks: list[L.Callback] = [started, PerformanceMonitor(window=case.steps)]
+    callbacks: list[L.Callback] = [started, PerformanceMonitor(window=case.steps), RunGuard()]
     checkpoint = None
     if case.folder is not None:
         checkpoint = AdapterCheckpoint(case.folder, background=False)

@@ -17,6 +17,8 @@ from fits import Batches, Clock, make_module, make_trainer
 from torch.profiler import ProfilerActivity, profile, record_function
 from typing_extensions import override
 
+from lightning_qlora import PerformanceMonitor, RunGuard
+
 TRACED = 4
 """Steps at the end of the fit that are traced; the last one has no end."""
 _MARK = "beginning of a step"
@@ -102,7 +104,7 @@ def timeline(options: argparse.Namespace) -> dict[str, Any]:
     on_gpu, steps = options.device == "cuda", options.warmup + options.steps + TRACED
     data = Batches(case_of(options), steps, SHAPES[options.shape]["vocab_size"])
     clock, tracer = Clock(on_gpu), Tracer(on_gpu, steps - TRACED)
-    make_trainer(options, steps, [clock, tracer]).fit(make_module(options), data)
+    make_trainer(options, steps, [clock, tracer, PerformanceMonitor(), RunGuard()]).fit(make_module(options), data)
     seconds = clock.seconds()[options.warmup : steps - TRACED]
     return {
         "plan_used": str(clock.plan),

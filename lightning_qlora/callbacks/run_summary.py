@@ -6,7 +6,9 @@ import math
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import ModelSummary
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -14,7 +16,7 @@ from typing_extensions import override
 
 from lightning_qlora.accounting import Storage, count_storage
 from lightning_qlora.data.report import PreparationReport
-from lightning_qlora.memory import SimulationError, memory_of_run
+from lightning_qlora.memory import SimulationError, free_memory, memory_of_run
 
 __all__ = ["RunSummary"]
 
@@ -34,8 +36,9 @@ class RunSummary(ModelSummary):
     """Prints at the start of fit what will be trained, on what, and what it will take.
 
     The base and its revision, parameters and bytes by how they are stored (4-bit ones counted unpacked), quantisation,
-    adapters, the data with every refused row's reason, and an estimate of the memory; then, once the loaders are
-    there, the optimizer steps. It takes the place of Lightning's ModelSummary, which counts two 4-bit weights as one.
+    adapters, the data with every refused row's reason, and an estimate of the memory, with a warning where activations
+    are to wait in host memory that is not there; then, once the loaders are there, the optimizer steps. It takes the
+    place of Lightning's ModelSummary, which counts two 4-bit weights as one.
 
     Args:
         max_depth: Depth of a table of layers printed besides, as in Lightning's ModelSummary; 0 for none.
@@ -160,10 +163,24 @@ def _describe_memory(trainer: L.Trainer, pl_module: L.LightningModule, model: Pe
         return f"not estimated. {error}"
     names = ("weights", "adapters", "gradients", "optimizer", "activations", "logits", "scratch")
     items = ", ".join(f"{name} {_size(getattr(estimate, name))}" for name in names)
+    moves = estimate.host and trainer.strategy.root_device.type == "cuda"
+    waiting = _describe_host(estimate.host * trainer.num_devices) if moves else ""
     return (
         f"about {_size(estimate.peak)} at its peak ({_MOMENTS[estimate.moment]}) by estimate, the libraries themselves "
-        f"not counted: {items}; activation checkpointing: {plan}"
+        f"not counted: {items}; activation checkpointing: {plan}{waiting}"
     )
+
+
+def _describe_host(nbytes: int) -> str:
+    """Say what waits on this host, and warn where it has not as much: systems end such a process without a word."""
+    free = free_memory(torch.device("cpu"))
+    if nbytes > free:
+        rank_zero_warn(
+            f"Activations of a batch are estimated to take {_size(nbytes)} in this host's memory, of which "
+            f"{_size(free)} are free. Where that runs out, the system ends the process. Write fewer tokens per batch "
+            "(data.tokens_per_batch or data.max_length), or model.activation_checkpointing: full or selective."
+        )
+    return f"; {_size(nbytes)} of activations wait in this host's memory, of {_size(free)} free"
 
 
 def _tokens_per_batch(trainer: L.Trainer, report: PreparationReport) -> int:

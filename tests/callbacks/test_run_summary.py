@@ -8,7 +8,7 @@ from tiny import tiny_tokenizer
 from tiny_models import save_tiny_model
 from tiny_training import TinyChats, tiny_sft_module, tiny_trainer
 
-from lightning_qlora.callbacks import RunSummary
+from lightning_qlora.callbacks import RunSummary, run_summary
 from lightning_qlora.data.report import PreparationReport, SourceReport
 
 
@@ -72,6 +72,22 @@ def test_says_what_will_be_trained_on_what(folder, tokenizer, tmp_path, capsys):
     assert said["Memory"].endswith("activation checkpointing: full")
     assert said["Memory"].count("MiB") == 8
     assert said["Steps"] == "10 optimizer steps of 2 micro-batches, 3 micro-batches an epoch"
+
+
+@pytest.mark.parametrize("free", [5.0, 3.0])
+def test_host_memory_that_is_not_there_is_told_before_the_system_ends_the_process(monkeypatch, recwarn, free):
+    monkeypatch.setattr(run_summary, "free_memory", lambda device: int(free * 2**30))
+    said = run_summary._describe_host(4 * 2**30)
+    assert said == f"; 4.00 GiB of activations wait in this host's memory, of {free:.2f} GiB free"
+    told = [str(warning.message) for warning in recwarn]
+    assert len(told) == (free < 4)
+    assert all("4.00 GiB in this host's memory, of which 3.00 GiB are free" in each for each in told)
+
+
+def test_on_a_cpu_nothing_waits_elsewhere(folder, tokenizer, tmp_path, capsys):
+    module = tiny_sft_module(folder, activation_checkpointing="offload")
+    tiny_trainer(tmp_path, callbacks=[RunSummary()], max_epochs=1).fit(module, ReportedChats(tokenizer))
+    assert summary(capsys)["Memory"].endswith("activation checkpointing: offload")
 
 
 def load_plain(folder):

@@ -10,6 +10,8 @@ import sys
 import pytest
 import torch
 
+pytestmark = pytest.mark.filterwarnings("ignore:RunGuard finds no AdapterCheckpoint")  # a benchmark has nothing to save
+
 TINY = ["--device", "cpu", "--shape", "tiny", "--steps", "2", "--warmup", "1"]
 
 
