@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn, Protocol, runtime_checkable
+from typing import Any, Literal, NoReturn, Protocol, runtime_checkable
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.environments import SLURMEnvironment
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_qlora.callbacks.checked_step import CheckedStep, Window, describe, has_scaler, named
 from lightning_qlora.callbacks.loss_spikes import LossWatch
-from lightning_qlora.ranks import add_up, gather_objects
-from lightning_qlora.readback import Readback
+from lightning_qlora.ranks import gather_objects
 from lightning_qlora.signals import SignalFlag, resolve_signals
 
 __all__ = ["PREEMPTED_EXIT_CODE", "NonFiniteError", "RunGuard"]
@@ -34,10 +31,6 @@ log = logging.getLogger(__name__)
 
 PREEMPTED_EXIT_CODE = 143
 """128 + SIGTERM: what batch systems read as "stopped from outside, start it again"."""
-
-_NAMED_ROWS = 8
-_ONE_OPTIMIZER = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy, FSDPStrategy)
-"""Strategies that step torch's optimizer as it is."""
 
 _TORN_UPDATE = (
     "\nIt ran out in the optimizer's own step: some tensors in memory may be updated and others not, which is the "
@@ -64,39 +57,6 @@ class _Publisher(Protocol):
 
     def publish_at_boundary(self, then: Callable[[str], None]) -> None:
         """Publish after the optimizer step that is under way, then call."""
-
-
-@runtime_checkable
-class _NamesRows(Protocol):
-    """What RunGuard asks of a data module (SFTDataModule)."""
-
-    def origins(self, row_ids: Sequence[int]) -> Sequence[object]:
-        """Return where training rows were read."""
-
-
-class _Step(NamedTuple):
-    """What there is to say of an optimizer step, once its numbers have come.
-
-    Attributes:
-        number: Steps before it.
-        window: Its micro-batches, and their losses.
-        trained: The tensors that have a gradient in it.
-        largest: (tensors,), the largest magnitude of each of these gradients, NaN if one is NaN.
-        status: On their way, sums over all ranks: of the losses, of supervised tokens, of ranks with gradients that are
-            not finite, of ranks that were told to stop.
-        trainer: Of the run.
-        pl_module: Of the run.
-        optimizer: Whose step it is.
-    """
-
-    number: int
-    window: list[tuple[Any, Tensor]]
-    trained: list[Tensor]
-    largest: Tensor
-    status: Readback
-    trainer: L.Trainer
-    pl_module: L.LightningModule
-    optimizer: Optimizer
 
 
 class RunGuard(Callback):
@@ -153,8 +113,8 @@ class RunGuard(Callback):
         self._flag = SignalFlag(resolve_signals(signals))
         self._leaving = False
         self._batch: Any = None
-        self._window: list[tuple[Any, Tensor]] = []  # the micro-batches of the optimizer step under way, and their loss
-        self._pending: _Step | None = None  # the last one, whose numbers are on their way
+        self._window: Window = []  # the micro-batches of the optimizer step under way, and their loss
+        self._pending: CheckedStep | None = None  # the last one, whose numbers are on their way
         self._deciding: Optimizer | None = None  # what may leave an update out by itself
         self._step = 0
         self._is_updating = False
@@ -277,39 +237,20 @@ class RunGuard(Callback):
 
     @override
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        """Check the losses and gradients of the step, and ask all ranks whether to go on.
-
-        The module has yet to divide the gradients by the step's token count, a finite number from 1, so they are
-        finite then exactly if they are now.
-        """
+        """Check the losses and gradients of the step, and ask all ranks whether to go on."""
         window, self._window = self._window, []
-        trained = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        largest = _largest_magnitudes([p.grad for p in trained], pl_module.device)
-        losses = [loss.float() for _, loss in window] or [largest.new_zeros(())]
-        loss_sum = torch.stack(losses).sum()
-        # new_full fills on the device; copying a number there would wait.
-        count = loss_sum.new_full((), sum(_num_targets(batch) for batch, _ in window))
-        told = loss_sum.new_full((), self._flag.received is not None)
-        status = add_up(torch.stack([loss_sum, count, (~torch.isfinite(largest).all()).float(), told]))
-        step = _Step(trainer.global_step, window, trained, largest, Readback(status), trainer, pl_module, optimizer)
+        step = CheckedStep(trainer, pl_module, optimizer, window, self._flag.received is not None)
         self.settle()  # the step before
         if self._device_decides(step):
-            is_finite = torch.isfinite(status[0]) & (status[2] == 0)
-            optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]  # as torch's GradScaler tells it
+            optimizer.found_inf = step.is_bad  # type: ignore[attr-defined]  # as torch's GradScaler tells it
             self._deciding, self._pending = optimizer, step
         elif self._leaves_out(step):
-            for parameter in trained:
+            for parameter in step.trained:
                 parameter.grad = None  # optimizers pass over what has no gradient: no decay, no momentum
         self._is_updating = True
 
-    def _device_decides(self, step: _Step) -> bool:
-        """Whether the optimizer itself leaves out an update that a number on its GPU speaks against."""
-        return (
-            all(parameter.is_cuda for parameter in step.trained)
-            and isinstance(step.trainer.strategy, _ONE_OPTIMIZER)
-            and getattr(step.optimizer, "_step_supports_amp_scaling", False)  # what GradScaler asks
-            and _scaler(step.trainer) is None
-        )
+    def _device_decides(self, step: CheckedStep) -> bool:
+        return step.device_can_decide()
 
     def _decide_no_more(self) -> None:
         if self._deciding is not None:
@@ -326,28 +267,19 @@ class RunGuard(Callback):
         if step is not None:
             self._leaves_out(step)  # where it says so, the device has done it
 
-    def _leaves_out(self, step: _Step) -> bool:
-        """Read a step's numbers and say what there is to say; return whether its update is to be left out."""
-        loss_sum, count, bad_gradients, any_told = step.status.wait().tolist()
-        self._leaving = any_told > 0
-        if not math.isfinite(loss_sum) or (bad_gradients and not _scaler_copes(step.trainer)):
-            self._handle_nonfinite(step)
-            return True
-        if count:
-            self._watch_for_spike(step, loss_sum * step.trainer.accumulate_grad_batches / count)
-        return False
+    def _leaves_out(self, step: CheckedStep) -> bool:
+        """Say what there is to say of a step; return whether its update is to be left out."""
+        verdict = step.verdict()
+        self._leaving = verdict.any_told
+        if not verdict.is_sound:
+            self._warn_or_stop(step)
+        elif verdict.loss is not None:
+            self._watch_for_spike(step, verdict.loss)
+        return not verdict.is_sound
 
-    def _handle_nonfinite(self, step: _Step) -> None:
-        trainer = step.trainer
-        suspects = [(batch, loss) for batch, loss in step.window if not math.isfinite(loss)] or step.window
-        own = {
-            "rank": trainer.global_rank,
-            "losses": [float(loss) for _, loss in step.window],
-            "rows": [str(row) for batch, _ in suspects for row in _rows(trainer, batch)],
-            "gradients": _nonfinite_gradients(step),
-            "saved": self._save_for_a_look(step, suspects),
-        }
-        message = _describe(step.number, gather_objects(own))
+    def _warn_or_stop(self, step: CheckedStep) -> None:
+        folder = Path(self.report_dir or Path(step.trainer.default_root_dir) / "nonfinite")
+        message = describe(step.number, gather_objects(step.account(folder)))
         if self.on_nonfinite == "skip" and self.num_skipped < self.max_skips:
             self.num_skipped += 1
             rank_zero_warn(f"{message}\nThe update is left out ({self.num_skipped} of at most {self.max_skips}).")
@@ -359,21 +291,8 @@ class RunGuard(Callback):
             "and go on, write on_nonfinite: skip."
         )
 
-    def _save_for_a_look(self, step: _Step, suspects: list[tuple[Any, Tensor]]) -> str:
-        """Save batches where ``torch.load(..., weights_only=True)`` reads them; return the path."""
-        folder = Path(self.report_dir or Path(step.trainer.default_root_dir) / "nonfinite")
-        path = folder / f"step={step.number}-rank={step.trainer.global_rank}.pt"
-        rows = [{"loss": float(loss), "rows": [str(r) for r in _rows(step.trainer, batch)]} for batch, loss in suspects]
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            torch.save([_on_host(batch) for batch, _ in suspects], path)
-            path.with_suffix(".json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
-        except OSError as error:  # what has to be told is more important than its record
-            return f"nowhere ({error})"
-        return str(path)
-
-    def _watch_for_spike(self, step: _Step, loss: float) -> None:
-        if self.spike_threshold is None or _scaler(step.trainer) is not None:  # a scaler's losses are scaled
+    def _watch_for_spike(self, step: CheckedStep, loss: float) -> None:
+        if self.spike_threshold is None or has_scaler(step.trainer):  # a scaler's losses are scaled
             return
         rise = self._losses.add(loss)
         if rise is None:
@@ -383,10 +302,8 @@ class RunGuard(Callback):
             told = f"The loss has risen to about {told} over the {rise.num_steps} steps up to step {step.number}"
             rank_zero_warn(f"{told}, from about {rise.before:.3f}. If it stays there, lower the learning rate.")
         else:
-            rows = [row for batch, _ in step.window for row in _rows(step.trainer, batch)]
-            rank_zero_warn(
-                f"The loss jumped to {told} at step {step.number}, from about {rise.before:.3f}{_named(rows)}."
-            )
+            where = f"at step {step.number}, from about {rise.before:.3f}{named(step.rows())}"
+            rank_zero_warn(f"The loss jumped to {told} {where}.")
 
     @override
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -433,86 +350,6 @@ def _publisher(trainer: L.Trainer) -> _Publisher | None:
 
 def _is_validating_in_fit(trainer: L.Trainer) -> bool:
     return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
-
-
-# Gradients and losses
-
-
-def _largest_magnitudes(gradients: Sequence[Tensor | None], device: torch.device) -> Tensor:
-    """Return the largest magnitude of each gradient's part on this rank, NaN if one is NaN, in one fused pass."""
-    local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients if g is not None]
-    # A part that is empty has none.
-    norms = torch._foreach_norm([g.detach() if g.numel() else g.new_zeros(1) for g in local], float("inf"))
-    return torch.stack([norm.float() for norm in norms]) if norms else torch.zeros(0, device=device)
-
-
-def _nonfinite_gradients(step: _Step) -> list[str]:
-    names = {id(parameter): name for name, parameter in step.pl_module.named_parameters()}
-    largest = zip(step.trained, step.largest.tolist(), strict=True)
-    return [names.get(id(each), "unnamed") for each, value in largest if not math.isfinite(value)]
-
-
-def _scaler(trainer: L.Trainer) -> Any:
-    return getattr(trainer.precision_plugin, "scaler", None)
-
-
-def _scaler_copes(trainer: L.Trainer) -> bool:
-    """Whether a loss scaler can still halve its scale, which is its answer to a gradient that overflowed."""
-    scaler = _scaler(trainer)
-    return scaler is not None and scaler.get_scale() > 1.0
-
-
-def _num_targets(batch: Any) -> int:
-    """Supervised tokens of a batch, from its shape; 1 for batches of another kind, whose loss is a mean."""
-    targets = batch.get("targets") if isinstance(batch, Mapping) else None
-    return int(targets.numel()) if isinstance(targets, Tensor) else 1
-
-
-# Naming
-
-
-def _rows(trainer: L.Trainer, batch: Any) -> list[object]:
-    """Where the rows of a batch were read; their ids where the data module cannot say."""
-    ids = batch.get("row_ids") if isinstance(batch, Mapping) else None
-    if not ids:
-        return []
-    data = getattr(trainer, "datamodule", None)
-    if isinstance(data, _NamesRows):
-        return list(data.origins(tuple(ids)))
-    return [f"row {row}" for row in ids if row >= 0]
-
-
-def _named(rows: Sequence[object]) -> str:
-    if not rows:
-        return ""
-    more = f" and {len(rows) - _NAMED_ROWS} more" if len(rows) > _NAMED_ROWS else ""
-    return f" (rows: {', '.join(map(str, rows[:_NAMED_ROWS]))}{more})"
-
-
-def _describe(step: int, ranks: list[dict[str, Any]]) -> str:
-    """Say what was not finite, where, and in which rows, over all ranks."""
-    bad_loss = [r for r in ranks if not all(map(math.isfinite, r["losses"]))]
-    what = "The loss is" if bad_loss else "The loss is finite but the gradient is"
-    lines = [f"{what} NaN or infinite in the optimizer step after step {step}."]
-    for rank in bad_loss or ranks:
-        where = f"rank {rank['rank']}: " if len(ranks) > 1 else ""
-        gradients = f"; gradients of {len(rank['gradients'])} tensors, such as {rank['gradients'][0]}"
-        lines.append(
-            f"  {where}micro-batch losses {', '.join(f'{loss:.4g}' for loss in rank['losses'])}"
-            f"{gradients if rank['gradients'] else ''}{_named(rank['rows'])}; batch saved to {rank['saved']}"
-        )
-    return "\n".join(lines)
-
-
-def _on_host(batch: Any) -> Any:
-    """Copy a batch's tensors to the host and drop what is neither tensor nor plain value."""
-    if isinstance(batch, Tensor):
-        return batch.detach().cpu()
-    if isinstance(batch, Mapping):
-        return {str(key): _on_host(value) for key, value in batch.items()}
-    if isinstance(batch, (list, tuple)):
-        return [_on_host(value) for value in batch]
-    return batch if batch is None or type(batch) in (bool, int, float, str) else str(batch)
 
 
 def _out_of_memory_note(trainer: L.Trainer, batch: Any) -> str:
