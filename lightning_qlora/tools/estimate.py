@@ -208,15 +208,18 @@ def _what_fits(
     offered: tuple[Plan, ...],
     limit: int,
     context: Callable[[int], int],
-) -> tuple[Plan | None, int, int]:
-    """Return the plan for the configured batch, the largest batch, and the longest context."""
+) -> tuple[Plan | None, int, int, int]:
+    """Return the plan for the configured batch, the largest batch, the longest context, and its bytes on the host."""
     plan = next(
         (p for p in offered if memory.estimate(num_tokens, plan=p, document_length=longest).peak <= limit), None
     )
     batch = largest_that_fits(
         lambda size: memory.estimate(size, plan=offered[-1], document_length=longest).peak, limit, step=longest
     )
-    return plan, batch, largest_that_fits(context, limit, step=64)
+    length = largest_that_fits(context, limit, step=64)
+    known = min(length, _LONG)  # it grows in proportion
+    host = memory.estimate(known, plan=offered[-1]).host * length // known if length and memory.device != "cpu" else 0
+    return plan, batch, length, host
 
 
 def _peak_of_one_document(memory: MemoryModel, plan: Plan) -> Callable[[int], int]:

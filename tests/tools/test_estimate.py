@@ -102,6 +102,8 @@ def test_a_shape_needs_no_file(call):
     assert (small["plan"], small["largest_batch"], small["longest_context"]) == (None, 0, 0)
     assert large["plan"] == "none"
     assert large["longest_context"] > 2048
+    assert small["context_host"] == 0
+    assert large["context_host"] == 24 * 896 * 2 * large["longest_context"]  # an input of each layer, in 16 bits
 
 
 def test_on_a_cpu(call, config_only):

@@ -26,6 +26,7 @@ class Budget(NamedTuple):
         plan: The fastest plan that fits the configured batch; ``None`` if none does.
         largest_batch: Most tokens of a micro-batch of the configured documents, with the leanest plan.
         longest_context: Most tokens of a single document, likewise.
+        context_host: Bytes of that document's activations that wait in host memory.
         largest_model: The largest known shape whose training on the configured batch fits; ``None`` if not asked for.
     """
 
@@ -33,6 +34,7 @@ class Budget(NamedTuple):
     plan: Plan | None
     largest_batch: int
     longest_context: int
+    context_host: int
     largest_model: str | None
 
 
@@ -120,11 +122,13 @@ def _memory(found: Estimate) -> list[str]:
 
 def _budgets(found: Estimate) -> list[str]:
     asked = any(budget.largest_model is not None for budget in found.budgets)
-    head = ["memory", "for this batch", "largest batch", "longest context"] + (["largest model"] if asked else [])
+    head = ["memory", "for this batch", "largest batch", "longest context", "host memory for it"]
+    head += ["largest model"] if asked else []
     rows = [head]
     for budget in found.budgets:
         chosen = "does not fit" if budget.plan is None else budget.plan
         row = [f"{budget.gib:g} GiB", chosen, _tokens(budget.largest_batch), _tokens(budget.longest_context)]
+        row.append(size(budget.context_host) if budget.context_host else "none")
         rows.append(row + ([budget.largest_model or "none"] if asked else []))
     leanest = found.offered[-1]
     return [
