@@ -20,7 +20,7 @@ from lightning_qlora.kernels.elementwise import Source, source_of
 
 __all__ = ["HostOffload", "formed_again"]
 
-_PIECE = 16 * 2**20  # bytes of a block on the host, of several
+_PIECE = 16 * 2**20  # bytes of each of the blocks on the host that a tensor is cut into
 _LEAST_BYTES = 2 * 2**20  # statistics of attention and adapters' products are less, and not worth a copy
 
 
