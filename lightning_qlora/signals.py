@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lightning_qlora.readback import Readback
+from lightning_qlora.transfers import Readback
 
 __all__ = ["SignalFlag", "resolve_signals", "tell_ranks_without_waiting"]
 

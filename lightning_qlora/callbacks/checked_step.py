@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_qlora.ranks import add_up
-from lightning_qlora.readback import Readback
+from lightning_qlora.transfers import Readback
 
 __all__ = ["CheckedStep", "Verdict", "Window", "describe", "has_scaler", "named", "rows_of"]
 

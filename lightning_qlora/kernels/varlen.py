@@ -29,6 +29,7 @@ from lightning_qlora.kernels.self_check import (
     AttentionCase,
     find_fault,
 )
+from lightning_qlora.transfers import send
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -85,18 +86,14 @@ def shared_keys(lengths: Sequence[int], shared_prompts: Sequence[int], device: t
         start += length
     tokens = torch.from_numpy(np.concatenate(parts))
     counts = [length + shared for length, shared in zip(lengths, shared_prompts, strict=True)]
-    return SharedKeys(_send(tokens, device), document_offsets(counts, device), max(counts), sum(counts))
+    return SharedKeys(send(tokens, device), document_offsets(counts, device), max(counts), sum(counts))
 
 
 def document_offsets(lengths: Sequence[int], device: torch.device) -> Tensor:
     """Return where documents begin and the last one ends, (K + 1,) int32 on the device, without waiting for it."""
     # Lightning makes another device the default one while it builds a model.
     offsets = torch.tensor([0, *lengths], dtype=torch.int32, device="cpu").cumsum(0, dtype=torch.int32)
-    return _send(offsets, device)
-
-
-def _send(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    return send(offsets, device)
 
 
 def padded_tokens(lengths: Sequence[int]) -> int:

@@ -49,11 +49,11 @@ from lightning_qlora.modules.lr_schedulers import WarmupCosine
 from lightning_qlora.modules.precision import check_precision
 from lightning_qlora.modules.special_tokens import add_stop_tokens, tokens_to_train
 from lightning_qlora.ranks import add_up
-from lightning_qlora.readback import Readback
 from lightning_qlora.redaction import scrub
 from lightning_qlora.schema import ChatDataModule, PromptBatch, SFTBatch
 from lightning_qlora.signals import tell_ranks_without_waiting
 from lightning_qlora.strategies import build_sharded, check_is_sharded, check_strategy, shard
+from lightning_qlora.transfers import Readback
 
 __all__ = ["CausalLMModule"]
 

@@ -21,6 +21,7 @@ from lightning_qlora.modules.preference_metrics import PreferenceMetrics
 from lightning_qlora.modules.reference import REFERENCE_ADAPTER, ReferenceTable, adapter_digest, use_adapter
 from lightning_qlora.ranks import add_up, on_rank_zero
 from lightning_qlora.schema import DataStage, PreferenceBatch, PreferenceData
+from lightning_qlora.transfers import send
 
 __all__ = ["PreferenceModule"]
 
@@ -189,21 +190,23 @@ class PreferenceModule(CausalLMModule):
 
     def _compute_reference(self, data: PreferenceData, stage: DataStage) -> Tensor:
         started = reported = time.monotonic()
-        # Of log-probabilities, and of how often they were computed.
-        sums = torch.zeros(2, data.num_documents(stage), device=self.device)
+        # Of log-probabilities, and of how often they were computed; last, of documents that only fill a batch.
+        others = data.num_documents(stage)
+        sums = torch.zeros(2, others + 1, device=self.device)
         num_done = 0
         for host_batch in data.reference_batches(stage):
             batch = self.trainer.strategy.batch_to_device(host_batch, self.device)
             with self.trainer.precision_plugin.forward_context():
                 log_probs_K = self.reference_log_probs(batch)
-            rows_K = torch.tensor(batch["row_ids"], device=self.device)
-            known = rows_K >= 0
-            sums[0, rows_K[known]], sums[1, rows_K[known]] = log_probs_K[known], 1.0
+            rows = [row if row >= 0 else others for row in batch["row_ids"]]
+            rows_K = send(torch.tensor(rows, device="cpu"), self.device)
+            sums[0].index_copy_(0, rows_K, log_probs_K.float())
+            sums[1].index_fill_(0, rows_K, 1.0)
             num_done += len(rows_K)
             if time.monotonic() > reported + _REPORT_EVERY_SECONDS:
                 reported = time.monotonic()
                 rank_zero_info(f"Reference of {stage}: {num_done:,} answers in {reported - started:.0f} s.")
-        add_up(sums)
+        sums = add_up(sums[:, :others].contiguous())
         rank_zero_info(
             f"Computed the reference log-probabilities of {int(sums[1].count_nonzero()):,} {stage} answers once, in "
             f"{time.monotonic() - started:.0f} s."

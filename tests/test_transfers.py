@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lightning_qlora.readback import Readback
+from lightning_qlora.transfers import Readback
 
 
 def test_what_was_sent_is_what_is_read():

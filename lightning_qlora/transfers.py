@@ -1,11 +1,16 @@
-"""Numbers of a device on their way to the host, which goes on meanwhile."""
+"""Numbers on their way between a device and the host, which goes on meanwhile."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-__all__ = ["Readback"]
+__all__ = ["Readback", "send"]
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a host's tensor on a device; a GPU fetches it from pinned memory, behind all it was given before."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 class Readback:
