@@ -2,6 +2,7 @@
 
     python examples/benchmark/everything.py --out results.jsonl --checkpoint /tmp/base      # on a machine with one GPU
     python examples/benchmark/everything.py --out results.jsonl --groups gates speed --budget_s 560
+    python examples/benchmark/everything.py --out results.jsonl --groups speed --containing chat2k_pack "trl dpo"
     python examples/benchmark/report.py results.jsonl --output examples/benchmark/RESULTS.md
 
 Lines are added to the file as they are measured, and what is there already is not measured again: a run that was cut
@@ -71,6 +72,9 @@ def _own(group: str, *commands: str) -> list[Measurement]:
     return [Measurement(group, " ".join(["bench.py", *words])) for each in commands for words in expand(each.split())]
 
 
+_CHECKPOINT = "CHECKPOINT"  # in commands, for the folder of the peers' base
+_MAKE = f"peers.py make {_CHECKPOINT}"
+
 MEASUREMENTS = [
     *_own(
         "gates", "gate full2k --plan none selective_offload offload", "gate chat2k_pack --plan full selective_offload",
@@ -83,7 +87,7 @@ MEASUREMENTS = [
     ),
     Measurement("floor", "floor.py"),
     Measurement("floor", "kernel_speed.py"),
-    Measurement("speed", "peers.py make CHECKPOINT"),
+    Measurement("speed", _MAKE),
     *_speed(),
     *_own(
         "variants", "run full2k --plan full none --compile_layers", "run chat2k_pack --plan none --compile_layers",
@@ -103,9 +107,19 @@ MEASUREMENTS = [
 GROUPS = tuple(dict.fromkeys(each.group for each in MEASUREMENTS))
 
 
-def plan(groups: list[str], rounds: int) -> list[tuple[int, Measurement]]:
-    """Return what to measure in which round, in order."""
-    chosen = [each for each in MEASUREMENTS if each.group in groups]
+def plan(groups: list[str], rounds: int, containing: list[str] | None = None) -> list[tuple[int, Measurement]]:
+    """Return what to measure in which round, in order.
+
+    Args:
+        groups: Of measurements.
+        rounds: Of those that are repeated.
+        containing: Parts of commands, one of which a chosen one has; ``None`` for all.
+    """
+
+    def is_chosen(each: Measurement) -> bool:
+        return each.command == _MAKE or containing is None or any(part in each.command for part in containing)
+
+    chosen = [each for each in MEASUREMENTS if each.group in groups and is_chosen(each)]
     later = [(number, each) for number in range(1, rounds) for each in chosen if each.repeated]
     return [(0, each) for each in chosen] + later
 
@@ -137,7 +151,7 @@ def measure(commands: list[str], options: argparse.Namespace, gpu: str | None = 
     """
     script, words = commands[0].split()[0], []
     for command in commands:
-        words += ["then", *command.replace("CHECKPOINT", options.checkpoint).split()[1:], *options.extra]
+        words += ["then", *command.replace(_CHECKPOINT, options.checkpoint).split()[1:], *options.extra]
     arguments = [sys.executable, str(HERE / script), *words[1:]]
     late: list[bool] = []
     found, other = 0, []
@@ -200,10 +214,12 @@ class Session:
         self.lock = threading.Lock()
         known = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
         done = {(each["round"], each["command"]) for each in known if "failed" not in each}
-        waiting = [item for item in plan(options.groups, options.rounds) if (item[0], item[1].command) not in done]
-        makes = [item for item in waiting if item[1].command.startswith("peers.py make")]
+        planned = plan(options.groups, options.rounds, options.containing)
+        waiting = [item for item in planned if (item[0], item[1].command) not in done]
+        makes = [item for item in waiting if item[1].command == _MAKE]
         waiting = [item for item in waiting if item not in makes]
-        self.makes = [] if Path(options.checkpoint).exists() else batches(makes)  # before what needs it
+        is_needed = any(_CHECKPOINT in each.command for _, each in waiting) and not Path(options.checkpoint).exists()
+        self.makes = batches(makes) if is_needed else []  # before what needs it
         self.queue = [part for batch in batches(waiting) for part in spread(batch, options.gpus)]
 
     def run(self) -> int:
@@ -271,6 +287,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="file of JSON lines, read and added to")
     parser.add_argument("--checkpoint", default="/tmp/base", help="folder for the peers' random checkpoint (16 GB)")
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
+    parser.add_argument("--containing", nargs="+", help="of these groups only commands with one of these in them")
     parser.add_argument("--rounds", type=int, default=1, help="of the group speed")
     parser.add_argument("--gpus", type=int, default=1, help="GPUs that measure side by side, each something else")
     parser.add_argument("--budget_s", type=float, default=float("inf"), help="no measurement begins later than this")

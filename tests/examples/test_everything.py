@@ -92,6 +92,18 @@ def test_a_run_goes_on_where_it_stopped_and_after_a_failure(everything, fake, tm
     assert again == [record["command"] for record in records if "failed" in record] != []
 
 
+@pytest.mark.parametrize("peer", [False, True])
+def test_only_what_is_asked_for(everything, fake, tmp_path, peer):
+    (fake / "bench.mood").write_text("good")
+    (fake / "peers.py").write_text((fake / "bench.py").read_text())
+    out, wanted = tmp_path / "r.jsonl", ["full8k --plan full", *(["trl dpo"] if peer else [])]
+    arguments = ["--out", str(out), "--groups", "speed", "--checkpoint", str(tmp_path / "none"), *EXTRA]
+    assert everything.Session(everything.parse([*arguments, "--containing", *wanted])).run() == 0
+    found = [json.loads(line)["command"] for line in out.read_text().splitlines()]
+    peers = ["peers.py run trl dpo CHECKPOINT"] if peer else []
+    assert found == [*(["peers.py make CHECKPOINT"] if peer else []), "bench.py run full8k --plan full", *peers]
+
+
 @pytest.mark.parametrize(("given", "expected"), [(None, {"0", "1", "2"}), ("5,7,6,4", {"5", "7", "6"})])
 def test_several_gpus_measure_side_by_side(everything, fake, tmp_path, monkeypatch, given, expected):
     """Each command once, on one of the GPUs; what the peers load is made before any of it."""
