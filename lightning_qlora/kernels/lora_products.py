@@ -18,6 +18,7 @@ The adapters are added in one of two ways, forward and backward:
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
@@ -166,12 +167,20 @@ def _pack(a: Sequence[Tensor], b: Sequence[Tensor], scales: Sequence[float], dty
     a_RI = a[0].new_empty(sum(ranks), a[0].shape[1], dtype=dtype)
     allocate = a_RI.new_empty if len(b) == 1 else a_RI.new_zeros
     b_OR = allocate(sum(heights), sum(ranks))
-    start = 0  # one by one: torch._foreach_copy_ takes a GPU longer, for so few and small ones
-    for own_a, own_b, rows, scale in zip(a, b, b_OR.split_with_sizes(heights), scales, strict=True):
-        a_RI.narrow(0, start, own_a.shape[0]).copy_(own_a)
-        torch.mul(own_b, scale, out=rows.narrow(1, start, own_b.shape[1]))
-        start += own_a.shape[0]
+    parts = a_RI.split_with_sizes(ranks), _blocks(b_OR, heights, ranks)
+    for own_a, own_b, scale, rows_a, rows_b in zip(a, b, scales, *parts, strict=True):
+        rows_a.copy_(own_a)  # one by one: torch._foreach_copy_ takes a GPU longer, for so few and small ones
+        torch.mul(own_b, scale, out=rows_b)
     return [a_RI, b_OR]
+
+
+def _blocks(b_OR: Tensor, heights: Sequence[int], ranks: Sequence[int]) -> list[Tensor]:
+    """Return the blocks on the diagonal of all B, one for each adapter."""
+    if len(ranks) == 1:
+        return [b_OR]
+    starts = itertools.accumulate(ranks, initial=0)
+    rows = b_OR.split_with_sizes(list(heights))
+    return [own.narrow(1, start, rank) for own, start, rank in zip(rows, starts, ranks, strict=False)]
 
 
 _pack_adapters = torch.library.custom_op("lightning_qlora::pack_adapters", _pack, mutates_args=())
@@ -263,17 +272,17 @@ def _gradients(ctx: Any, gradients: Sequence[Tensor | None], *fixed: Sequence[Te
     of_outputs: list[Tensor] = []
     of_b: list[Tensor] = []
     lows_TR = low.new_empty(low.shape[0], a_RI.shape[0])
-    start = 0
-    for gradient, rows, rank, scale in zip(
-        gradients[1:], b_OR.split_with_sizes(ctx.heights), ctx.ranks, scales, strict=True
-    ):
+    parts = (
+        _blocks(b_OR, ctx.heights, ctx.ranks),
+        low.split_with_sizes(ctx.ranks, 1),
+        lows_TR.split_with_sizes(ctx.ranks, 1),
+    )
+    for gradient, scale, own_b, own_low, own_lows in zip(gradients[1:], scales, *parts, strict=True):
         if gradient is None:  # nobody used this output
-            gradient = low.new_zeros(low.shape[0], rows.shape[0])
+            gradient = low.new_zeros(low.shape[0], own_b.shape[0])
         gradient = gradient.to(low.dtype)
         of_outputs.append(gradient)
-        own_rows, own_low, own_lows = (each.narrow(1, start, rank) for each in (rows, low, lows_TR))
-        of_b.append(both_products(gradient, own_rows, own_low, scale, own_lows, ctx.dtype))
-        start += rank
+        of_b.append(both_products(gradient, own_b, own_low, scale, own_lows, ctx.dtype))
     x = Source(ctx.source_kind, kept, ctx.source_options).form() if ctx.source_kind else kept[0]
     of_a = product(lows_TR.t(), x.reshape(-1, a_RI.shape[1]), ctx.dtype).split_with_sizes(ctx.ranks)
     del x  # before there are more tensors as large
