@@ -149,6 +149,8 @@ def test_the_longest_context(bench, capsys, monkeypatch):
     code, found = run(bench, capsys, monkeypatch, "context", "--cap_gib", "8")
     assert code == 0
     assert 1500 < found["context"] == found["estimated"] <= 2048
+    code, other = run(bench, capsys, monkeypatch, "context", "--cap_gib", "8", "--max_length", "320")
+    assert (code, other["context"], other["estimated"]) == (0, 320, found["estimated"])
 
 
 def test_pairs(bench, capsys, monkeypatch):
@@ -165,6 +167,18 @@ def test_rows_are_the_same_each_time_and_of_chat_length(bench):
     assert all((a.input_ids == b.input_ids).all() for a, b in zip(one, two, strict=True))
     assert 32 <= min(lengths) < 300
     assert 600 < max(lengths) <= 2048
+
+
+def test_most_tokens_of_learnable_rows_follow_from_the_one_before(bench):
+    make_documents = importlib.import_module("fits").make_documents
+    shares = {}
+    for learnable in (False, True):
+        ids = [row.input_ids for row in make_documents(bench.CASES["full2k"], 3, 64, learnable)]
+        assert all(row.min() >= 3 and row.max() < 64 for row in ids)
+        follow = [(row[1:] == 3 + (5 * row[:-1] + 7) % 61).mean() for row in ids]
+        shares[learnable] = min(follow), max(follow)
+    assert shares[False][1] < 0.05
+    assert 0.85 < shares[True][0] <= shares[True][1] < 0.91
 
 
 def test_layers_of_a_random_base_change_the_residual_stream_a_little(bench):
