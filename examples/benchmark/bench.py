@@ -104,9 +104,7 @@ def longest_context(options: argparse.Namespace) -> dict[str, Any]:
     budget = int(0.95 * (options.cap_gib or 8) * GIB) if on_gpu else memory.estimate(2048, plan="offload").peak
     estimated = longest_that_fits(memory, budget)
     length = min(estimated, options.max_length or estimated)
-    short = Batches(
-        Case("full", 64, 1), 1, SHAPES[options.shape]["vocab_size"]
-    )  # so that the optimizer's state is there
+    short = Batches(Case("full", 64, 1), 1, SHAPES[options.shape]["vocab_size"])  # then the optimizer's state is there
     while True:
         data = Batches(Case("full", length, 1), 1, SHAPES[options.shape]["vocab_size"])
         data.batches = [*short.batches, *data.batches]
@@ -179,10 +177,9 @@ def result_of(options: argparse.Namespace) -> dict[str, Any]:
     start_afresh(on_gpu)
     begun = time.perf_counter()
     held = {"held_gib": round(torch.cuda.memory_allocated() / GIB, 2)} if on_gpu else {}
+    measures = {"run": measure, "timeline": timeline, "gate": gate, "curve": curve, "context": longest_context}
     try:
-        result = {"run": measure, "timeline": timeline, "gate": gate, "curve": curve, "context": longest_context}[
-            options.what
-        ](options)
+        result = measures[options.what](options)
     except RuntimeError as error:  # of torch
         traceback.print_exc()
         result = {"failed": f"{type(error).__name__}: {error}"}

@@ -117,6 +117,13 @@ def summary(seconds: Sequence[float], tokens: int, supervised: int) -> dict[str,
     }
 
 
+def largest_distance(losses: Sequence[float], others: Sequence[float], window: int = 10) -> float:
+    """Return how far the means over each window of steps are apart at most, relative to the others'."""
+    starts = range(max(1, len(losses) - window + 1))
+    means = ([statistics.fmean(each[start : start + window]) for start in starts] for each in (losses, others))
+    return max(abs(one - two) / two for one, two in zip(*means, strict=True))
+
+
 def cap_memory(gib: float | None, device: int) -> None:
     """Let torch take no more than so many GiB of a GPU from now on; ``None`` changes nothing."""
     import torch

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import statistics
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ import bitsandbytes
 import lightning as L
 import torch
 from bitsandbytes.nn import Linear4bit
-from cases import SHAPES, case_of
+from cases import SHAPES, case_of, largest_distance
 from fits import Batches, Clock, dtype_on, lora_of, make_module, make_trainer
 from peft import PeftModel
 from random_base import random_base
@@ -164,7 +163,6 @@ def plain_backward(model: PeftModel, batch: Any) -> float:
 # Many steps
 
 DISTINCT_TOKENS = 64
-WINDOW = 10
 
 
 class Start(L.Callback):
@@ -201,7 +199,7 @@ def curve(options: argparse.Namespace) -> dict[str, Any]:
         "losses": [round(loss, 4) for loss in own],
         "plain_losses": [round(loss, 4) for loss in plain],
         "exact_losses": [round(loss, 4) for loss in exact],
-        "largest_distance": _largest_distance(own, plain),
+        "largest_distance": largest_distance(own, plain),
     }
 
 
@@ -222,13 +220,3 @@ def _plain_losses(
         optimizer.step()
         optimizer.zero_grad()
     return losses
-
-
-def _largest_distance(losses: list[float], others: list[float]) -> float:
-    """Return how far the means over a window are apart at most, relative to the others'."""
-    return max(abs(one - two) / two for one, two in zip(_means(losses), _means(others), strict=True))
-
-
-def _means(losses: list[float]) -> list[float]:
-    """Return the means over each window of steps."""
-    return [statistics.fmean(losses[i : i + WINDOW]) for i in range(max(1, len(losses) - WINDOW + 1))]

@@ -16,6 +16,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from cases import SHAPES, largest_distance
+
 Record = dict[str, Any]
 _PLANS = (("full", "full"), ("selective_offload", "full"), ("offload", "full"), ("none", "none"), ("auto", "full"))
 """Of own runs, with the one of the peers that a plan is compared with."""
@@ -122,23 +124,18 @@ def curves(records: list[Record]) -> list[str]:
         own, plain, exact = trainings = r["losses"], r["plain_losses"], r["exact_losses"]
         pairs = (own, plain), (own, exact), (plain, exact)
         parts = len(own) // 2, len(own)
-        distances = [" / ".join(f"{_distance(*pair, steps):.2%}" for steps in parts) for pair in pairs]
+        distances = [
+            " / ".join(f"{largest_distance(one[:steps], two[:steps]):.2%}" for steps in parts) for one, two in pairs
+        ]
         last = [f"{losses[-1]:.3f}" for losses in trainings]
         rows.append([f"`{r['command'].removeprefix('bench.py ')}`", len(own), f"{own[0]:.3f}", *last, *distances])
     head = ["training", "steps", "first loss", "last loss", "of plain code", "of float32", "to plain code",
             "to float32", "plain code to float32"]  # fmt: skip
     said = (
         "Distances are the largest between means over 10 steps, in the first half of the steps and in all. Batches "
-        "that come again and again are learned by heart in the second half, and when is a matter of rounding."
+        "that come again and again are learned by heart, and when is a matter of rounding."
     )
     return ["## Losses beside plain code", "", said, "", *_table(head, rows)] if rows else []
-
-
-def _distance(losses: list[float], others: list[float], steps: int, window: int = 10) -> float:
-    """Return how far means over so many steps are apart at most, relative to the others'."""
-    starts = range(max(1, steps - window + 1))
-    means = [[statistics.fmean(each[i : min(i + window, steps)]) for i in starts] for each in (losses, others)]
-    return max(abs(one - two) / two for one, two in zip(*means, strict=True))
 
 
 def timelines(records: list[Record]) -> list[str]:
@@ -294,8 +291,6 @@ def _draw_curve(pyplot: Any, record: Record, folder: Path) -> str:
 
 
 def _draw_breakdown(pyplot: Any, floor: Record, own: Record, folder: Path) -> str:
-    from cases import SHAPES
-
     layers = SHAPES[floor["shape"]]["num_hidden_layers"]
     parts = {
         "products": layers * (floor["products_forward_ms"] + floor["products_backward_ms"]),

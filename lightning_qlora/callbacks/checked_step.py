@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from lightning_qlora.ranks import add_up
 from lightning_qlora.transfers import Readback
 
-__all__ = ["CheckedStep", "Verdict", "Window", "describe", "has_scaler", "named", "rows_of"]
+__all__ = ["CheckedStep", "Verdict", "Window", "describe", "has_scaler", "named"]
 
 Window: TypeAlias = "list[tuple[Any, Tensor]]"
 """Micro-batches, and the loss of each."""
@@ -95,7 +95,7 @@ class CheckedStep:
 
     def rows(self) -> list[object]:
         """Where all its rows on this rank were read."""
-        return [row for batch, _ in self.window for row in rows_of(self.trainer, batch)]
+        return [row for batch, _ in self.window for row in _rows_of(self.trainer, batch)]
 
     def account(self, folder: Path) -> dict[str, Any]:
         """Return what this rank has to say of a step that is not sound, for :func:`describe`; save its batches.
@@ -107,7 +107,7 @@ class CheckedStep:
         return {
             "rank": self.trainer.global_rank,
             "losses": [float(loss) for _, loss in self.window],
-            "rows": [str(row) for batch, _ in suspects for row in rows_of(self.trainer, batch)],
+            "rows": [str(row) for batch, _ in suspects for row in _rows_of(self.trainer, batch)],
             "gradients": self._nonfinite_gradients(),
             "saved": self._save(suspects, folder),
         }
@@ -121,7 +121,7 @@ class CheckedStep:
         """Save batches for a look; return the path."""
         path = folder / f"step={self.number}-rank={self.trainer.global_rank}.pt"
         rows = [
-            {"loss": float(loss), "rows": [str(r) for r in rows_of(self.trainer, batch)]} for batch, loss in suspects
+            {"loss": float(loss), "rows": [str(r) for r in _rows_of(self.trainer, batch)]} for batch, loss in suspects
         ]
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -167,7 +167,7 @@ class _NamesRows(Protocol):
         """Return where training rows were read."""
 
 
-def rows_of(trainer: L.Trainer, batch: Any) -> list[object]:
+def _rows_of(trainer: L.Trainer, batch: Any) -> list[object]:
     """Where the rows of a batch were read; their ids where the data module cannot say."""
     ids = batch.get("row_ids") if isinstance(batch, Mapping) else None
     if not ids:

@@ -34,7 +34,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from lightning_qlora.kernels.flex import attend_with_flex, block_mask
-from lightning_qlora.kernels.launching import on_gpu
+from lightning_qlora.kernels.launching import autocast_dtype_of, on_gpu
 from lightning_qlora.kernels.varlen import (
     SharedKeys,
     attend_documents,
@@ -253,8 +253,8 @@ def _attend_as_branch(
     mask: Tensor
     if query.is_cuda:
         mask = causal_lower_right(query.shape[2], key.shape[2])
-        if torch.is_autocast_enabled("cuda"):  # which does not see through the bias
-            dtype = torch.get_autocast_dtype("cuda")
+        dtype = autocast_dtype_of(query)
+        if dtype is not None:  # autocast does not see through the bias
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     else:
         mask = _causal_mask(query.shape[2], key.shape[2], key.shape[2], query.device)

@@ -25,6 +25,7 @@ from lightning_qlora.kernels.self_check import (
     AttentionCase,
     find_fault,
 )
+from lightning_qlora.transfers import send
 
 __all__ = ["attend_with_flex", "block_mask"]
 
@@ -120,7 +121,7 @@ def block_mask(
         device: Of the tokens.
     """
     shared = list(shared_prompts or [0] * len(lengths))
-    owners, position, trunk, prompt, earliest = _tokens(lengths, shared, window).to(device, non_blocking=True)
+    owners, position, trunk, prompt, earliest = send(_tokens(lengths, shared, window), device)
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         own = owners[query] == owners[key]
@@ -130,7 +131,7 @@ def block_mask(
 
     some, whole = _blocks(lengths, shared, window)
     counts, indices, whole_counts, whole_indices = (
-        each.to(device, non_blocking=True) for kind in (some, whole) for each in _listed(kind)
+        send(each, device) for kind in (some, whole) for each in _listed(kind)
     )
     total = sum(lengths)
     return BlockMask.from_kv_blocks(

@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_qlora.kernels.launching import are_operators_wanted, on_gpu
+from lightning_qlora.kernels.launching import are_operators_wanted, autocast_dtype_of, on_gpu
 from lightning_qlora.kernels.self_check import (
     CHECK_LENGTHS,
     CHECK_PROMPTS,
@@ -188,7 +188,7 @@ def attend_in_graph(
 
 def product_dtype(query: Tensor) -> torch.dtype:
     """Return the dtype that attention runs in."""
-    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
+    return autocast_dtype_of(query) or query.dtype
 
 
 def takes(dtype: torch.dtype, head_dim: int) -> bool:

@@ -191,14 +191,14 @@ class PreferenceModule(CausalLMModule):
     def _compute_reference(self, data: PreferenceData, stage: DataStage) -> Tensor:
         started = reported = time.monotonic()
         # Of log-probabilities, and of how often they were computed; last, of documents that only fill a batch.
-        others = data.num_documents(stage)
-        sums = torch.zeros(2, others + 1, device=self.device)
+        num_documents = data.num_documents(stage)
+        sums = torch.zeros(2, num_documents + 1, device=self.device)
         num_done = 0
         for host_batch in data.reference_batches(stage):
             batch = self.trainer.strategy.batch_to_device(host_batch, self.device)
             with self.trainer.precision_plugin.forward_context():
                 log_probs_K = self.reference_log_probs(batch)
-            rows = [row if row >= 0 else others for row in batch["row_ids"]]
+            rows = [row if row >= 0 else num_documents for row in batch["row_ids"]]
             rows_K = send(torch.tensor(rows, device="cpu"), self.device)
             sums[0].index_copy_(0, rows_K, log_probs_K.float())
             sums[1].index_fill_(0, rows_K, 1.0)
@@ -206,7 +206,7 @@ class PreferenceModule(CausalLMModule):
             if time.monotonic() > reported + _REPORT_EVERY_SECONDS:
                 reported = time.monotonic()
                 rank_zero_info(f"Reference of {stage}: {num_done:,} answers in {reported - started:.0f} s.")
-        sums = add_up(sums[:, :others].contiguous())
+        sums = add_up(sums[:, :num_documents].contiguous())
         rank_zero_info(
             f"Computed the reference log-probabilities of {int(sums[1].count_nonzero()):,} {stage} answers once, in "
             f"{time.monotonic() - started:.0f} s."

@@ -322,11 +322,11 @@ def test_stops_after_so_many_skips(base, tmp_path, kind):
     assert guard.num_skipped == 2
 
 
+@pytest.mark.parametrize("spoiled", [(4, 5), (8, 9)])  # of the epoch's last one the step is checked when it is saved
 @pytest.mark.parametrize("kind", [RunGuard, LateGuard])
 @pytest.mark.filterwarnings("ignore:(?s).*left out")
-def test_skips_are_counted_across_restarts(base, tmp_path, kind):
-    module = spoiled_module(base, spoiled=(8, 9))  # the last batch of the epoch, whose step is checked when it is saved
-    fit_to_exit(base, tmp_path, kind("skip"), checkpoint(tmp_path), module=module)
+def test_skips_are_counted_across_restarts(base, tmp_path, kind, spoiled):
+    fit_to_exit(base, tmp_path, kind("skip"), checkpoint(tmp_path), module=spoiled_module(base, spoiled=spoiled))
     guard = kind("skip")
     fit_to_exit(
         base, tmp_path, guard, checkpoint(tmp_path), module=spoiled_module(base), max_epochs=2, ckpt_path="last"
