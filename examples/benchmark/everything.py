@@ -93,12 +93,14 @@ MEASUREMENTS = [
         "variants", "run full2k --plan full none --compile_layers", "run chat2k_pack --plan none --compile_layers",
         "run full2k --plan full none --fused_lora false", "run full2k --plan selective",
         "run full2k --plan auto --cap_gib 24 16 8",
-        "run full2k --plan full --optimizer adamw_foreach adamw_8bit paged_adamw_8bit",
     ),
+    *_own("optimizers", "run full2k --plan full --optimizer adamw adamw_foreach adamw_8bit paged_adamw_8bit"),
     *_own("context", "context --cap_gib 8 24", "context --cap_gib 80 --max_length 350000"),  # 85 GiB on the host
-    *_own(  # rows: with the 4 of speed, 2,048 to 65,536 tokens a batch
-        "growth", "run full2k --plan full --rows 1 8 32 --steps 4 --warmup 2",
-        "run full2k --plan offload --rows 1 --max_length 4096 16384 65536 --steps 2 --warmup 1",
+    *_own(  # tokens of a batch, of a context, ranks and shapes; 4 rows and rank 16 are measured for speed
+        "growth", "run full2k --plan full --rows 1 --max_length 1024 --steps 6 --warmup 3",
+        "run full2k --plan full --rows 1 2 8 32 --steps 4 --warmup 2",
+        "run full2k --plan offload --rows 1 --max_length 1024 4096 16384 65536 --steps 2 --warmup 1",
+        "run full2k --plan offload --rows 1 --max_length 131072 --steps 1 --warmup 1",
         "run full2k --plan selective_offload --rank 8 64 128 --steps 6 --warmup 2",
         "run full2k --plan selective_offload --shape 0.5b 14b --steps 6 --warmup 2",
         "run full2k --plan full --shape 70b --rows 1 --steps 3 --warmup 1",

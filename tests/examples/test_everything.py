@@ -42,7 +42,7 @@ def test_rounds_repeat_own_and_peers_in_turn(everything):
 
 
 def test_own_measurements_of_a_group_share_a_process_and_repeated_ones_do_not(everything):
-    own = {"gates", "curve", "timeline", "variants", "context", "growth"}
+    own = {"gates", "curve", "timeline", "variants", "optimizers", "context", "growth"}
     together = everything.batches(everything.plan(list(everything.GROUPS), 2))
     for each in together:
         assert len(each) == 1 or {m.group for _, m in each} < own
@@ -196,12 +196,14 @@ def test_the_floor_is_the_sum_of_its_parts(benchmark_scripts, monkeypatch, capsy
 
 def test_the_page_shows_medians_ratios_and_failures(report, tmp_path):
     own = {"what": "run", "case": "full2k", "plan": "none", "plan_used": "none", "sup_tok_s": 5, "peak_gib": 30.0,
-           "mean_step_ms": 500.0, "build_s": 1, "import_s": 1, "first_step_s": 1, "shape": "8b", "rank": 16,
+           "mean_step_ms": 500.0, "step_ms": {"p50": 499.6}, "optimizer": "adamw",
+           "build_s": 1, "import_s": 1, "first_step_s": 1, "shape": "8b", "rank": 16,
            "fused_lora": "auto", "compile_layers": False, "cap_gib": None, "rows": None, "max_length": None,
            "predicted_gib": 33.0, "tokens_per_step": 8192, "device_name": "a GPU", "torch": "2.11",
            "group": "speed"}  # fmt: skip
     peer = {"what": "run", "peer": "unsloth", "case": "full2k", "plan": "none", "sup_tok_s": 4, "peak_gib": 35.0,
-            "group": "speed", "round": 0, "command": "peers.py run unsloth full2k --plan none CHECKPOINT"}  # fmt: skip
+            "step_ms": {"p50": 700.0}, "group": "speed", "round": 0,
+            "command": "peers.py run unsloth full2k --plan none CHECKPOINT"}  # fmt: skip
     parts = {f"{name}_ms": 1.0 for name in ("products_forward", "products_backward", "dequantisation",
                                             "attention_forward", "attention_backward", "head")}  # fmt: skip
     floor = {"command": "floor.py", "group": "floor", "round": 0, "shape": "8b", "tok_s_full": 100, "tok_s_none": 200}
@@ -209,9 +211,14 @@ def test_the_page_shows_medians_ratios_and_failures(report, tmp_path):
     records = [
         *({**own, "command": command, "round": n, "tok_s": s} for n, s in enumerate((150, 190, 100))),
         {**own, "command": "bench.py run full2k --plan full --rows 1", "plan": "full", "round": 0, "tok_s": 90,
-         "tokens_per_step": 2048, "group": "growth"},
+         "tokens_per_step": 2048, "group": "growth", "rows": 1},
         {**own, "command": "bench.py run full2k --plan full --rows 8", "plan": "full", "round": 0, "tok_s": 95,
-         "tokens_per_step": 16384, "group": "growth"},
+         "tokens_per_step": 16384, "group": "growth", "rows": 8},
+        {**own, "command": "bench.py run full2k --plan full", "plan": "full", "round": 0, "tok_s": 93},
+        {**own, "command": "bench.py run full2k --plan offload --rows 1 --max_length 4096 --shape 70b", "round": 0,
+         "plan": "offload", "tok_s": 9, "group": "growth", "shape": "70b", "rows": 1, "max_length": 4096},
+        {**own, "command": "bench.py run full2k --plan full --optimizer adamw_8bit", "plan": "full", "round": 0,
+         "tok_s": 92, "group": "optimizers", "optimizer": "adamw_8bit"},
         {**peer, "tok_s": 100},
         {"command": "bench.py gate full2k", "group": "gates", "round": 0, "passed": True, "loss_difference": 1e-4,
          "gradient_cosine": 0.9995, "plain_loss_difference": 2e-4, "plain_gradient_cosine": 0.9994,
@@ -226,8 +233,8 @@ def test_the_page_shows_medians_ratios_and_failures(report, tmp_path):
     results.write_text("".join(json.dumps(record) + "\n" for record in records))
     report.main([str(results), "--output", str(tmp_path / "RESULTS.md")])
     page = (tmp_path / "RESULTS.md").read_text()
-    assert "| 4 x 2,048 tokens | none | lightning_qlora | 150 | 5 | 30.00 | 1.50 x | 75% |" in page
-    assert "| 4 x 2,048 tokens | none | unsloth | 100 | 4 | 35.00 |  | 50% |" in page
+    assert "| 4 x 2,048 tokens | none | lightning_qlora | 150 | 5 | 500 | 30.00 | 1.50 x | 75% |" in page
+    assert "| 4 x 2,048 tokens | none | unsloth | 100 | 4 | 700 | 35.00 |  | 50% |" in page
     assert "| `bench.py gate full2k --plan offload` | ['no'] |" in page
     assert "## Kernels one by one\n\n| Q, K, V | 1.0 |" in page
     assert "| `full2k` | 1.0e-04 | 0.999500 | 2.0e-04 | 0.999400 | 0.999600 | yes |" in page
@@ -235,6 +242,14 @@ def test_the_page_shows_medians_ratios_and_failures(report, tmp_path):
         "| `curve full2k` | 2 | 3.000 | 1.000 | 1.100 | 1.200 | 0.00% / 2.44% | 3.23% / 6.98% | 3.23% / 4.65% |" in page
     )
     assert "| `full2k --plan none` | none | 33.00 | 30.00 | +10.0% |" in page
+    grown = [
+        "| 8b | 16 | full | 1 | 2,048 | 90 | 500 | 30.00 |",
+        "| 8b | 16 | full | 4 | 2,048 | 93 | 500 | 30.00 |",
+        "| 8b | 16 | full | 8 | 2,048 | 95 | 500 | 30.00 |",
+        "| 70b | 16 | offload | 1 | 4,096 | 9 | 500 | 30.00 |",
+    ]
+    assert "\n".join(grown) + "\n\n" in page
+    assert "| `adamw_8bit` | 92 | 500 | 30.00 |" in page
     for plot in ("tokens", "breakdown", "curve"):
         assert f"(results_{plot}.svg)" in page
         assert "<svg" in (tmp_path / f"results_{plot}.svg").read_text()
