@@ -294,7 +294,7 @@ def draw(records: list[Record], floor: Record | None, folder: Path) -> list[str]
     shown = []
     plain = [r for r in records if r.get("case") == "full2k" and r.get("what") == "run" and "tok_s" in r and _is_own(r)
              and (r["shape"], r["rank"], r["fused_lora"], r["compile_layers"]) == ("8b", 16, "auto", False)
-             and r["cap_gib"] is None]  # fmt: skip
+             and r["cap_gib"] is None and r["group"] in ("speed", "growth")]  # fmt: skip
     by_tokens = [r for r in plain if r["plan"] == "full"]
     by_context = [r for r in plain if r["plan"] == "offload" and r["rows"] == 1]
     for name, title, points, x, y in (
