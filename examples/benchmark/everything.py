@@ -289,7 +289,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="file of JSON lines, read and added to")
     parser.add_argument("--checkpoint", default="/tmp/base", help="folder for the peers' random checkpoint (16 GB)")
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
-    parser.add_argument("--containing", nargs="+", help="of these groups only commands with one of these in them")
+    parser.add_argument(
+        "--containing", nargs="+", help='of these groups only commands with one of these in them, such as "rank 8"'
+    )
     parser.add_argument("--rounds", type=int, default=1, help="of the group speed")
     parser.add_argument("--gpus", type=int, default=1, help="GPUs that measure side by side, each something else")
     parser.add_argument("--budget_s", type=float, default=float("inf"), help="no measurement begins later than this")

@@ -54,6 +54,8 @@ def _median(records: list[Record]) -> Record:
     for name in ("tok_s", "sup_tok_s", "peak_gib", "mean_step_ms", "build_s", "first_step_s", "tokens_per_second"):
         if isinstance(merged.get(name), int | float):  # the peaks of several ranks are not one number
             merged[name] = statistics.median(record[name] for record in whole)
+    if "step_ms" in merged:
+        merged["step_ms"] = {p: statistics.median(r["step_ms"][p] for r in whole) for p in merged["step_ms"]}
     return merged
 
 
@@ -179,7 +181,10 @@ def growth(records: list[Record]) -> list[str]:
     chosen = [r for r in records if _is_own(r) and "tok_s" in r]
     beside = {f"bench.py run full2k --plan {plan}" for plan in {r["plan"] for r in chosen if r["group"] == "growth"}}
     chosen = [r for r in chosen if r["group"] == "growth" or r["command"] in beside]
-    rows = [[*_grown(r)[1:-1], _figure(_grown(r)[-1]), *_cost(r)] for r in sorted(chosen, key=_grown)]
+    rows = []
+    for r in sorted(chosen, key=_grown):
+        _, *trained, tokens = _grown(r)
+        rows.append([*trained, _figure(tokens), *_cost(r)])
     head = ["shape", "rank", "recomputed", "documents", "tokens of each", *_COST]
     return ["## How cost grows", "", *_table(head, rows)] if rows else []
 
@@ -292,9 +297,8 @@ def draw(records: list[Record], floor: Record | None, folder: Path) -> list[str]
     from matplotlib import pyplot
 
     shown = []
-    plain = [r for r in records if r.get("case") == "full2k" and r.get("what") == "run" and "tok_s" in r and _is_own(r)
-             and (r["shape"], r["rank"], r["fused_lora"], r["compile_layers"]) == ("8b", 16, "auto", False)
-             and r["cap_gib"] is None and r["group"] in ("speed", "growth")]  # fmt: skip
+    plain = [r for r in records if _is_own(r) and r["group"] in ("speed", "growth") and "tok_s" in r
+             and (r["case"], r["shape"], r["rank"]) == ("full2k", "8b", 16)]  # fmt: skip
     by_tokens = [r for r in plain if r["plan"] == "full"]
     by_context = [r for r in plain if r["plan"] == "offload" and r["rows"] == 1]
     for name, title, points, x, y in (

@@ -209,7 +209,8 @@ def test_the_page_shows_medians_ratios_and_failures(report, tmp_path):
     floor = {"command": "floor.py", "group": "floor", "round": 0, "shape": "8b", "tok_s_full": 100, "tok_s_none": 200}
     command = "bench.py run full2k --plan none"
     records = [
-        *({**own, "command": command, "round": n, "tok_s": s} for n, s in enumerate((150, 190, 100))),
+        *({**own, "command": command, "round": n, "tok_s": s, "step_ms": {"p50": ms}}
+          for n, (s, ms) in enumerate(((150, 499.6), (190, 400.0), (100, 700.0)))),
         {**own, "command": "bench.py run full2k --plan full --rows 1", "plan": "full", "round": 0, "tok_s": 90,
          "tokens_per_step": 2048, "group": "growth", "rows": 1},
         {**own, "command": "bench.py run full2k --plan full --rows 8", "plan": "full", "round": 0, "tok_s": 95,
