@@ -214,9 +214,10 @@ def variants(records: list[Record]) -> list[str]:
 
 def contexts(records: list[Record]) -> list[str]:
     """Draw the longest documents under a cap of memory."""
-    rows = [[f"{r['cap_gib']:g}", _figure(r["context"]), _figure(r["estimated"]), _figure(r.get("peak_gib"), 2)]
+    rows = [[f"{r['cap_gib']:g}", _figure(r["context"]), _figure(r["estimated"]), _figure(r["max_length"]),
+             _figure(r.get("peak_gib"), 2)]
             for r in records if r["group"] == "context" and "context" in r]  # fmt: skip
-    head = ["GiB allowed", "tokens that trained", "tokens estimated beforehand", "peak GiB"]
+    head = ["GiB allowed", "tokens that trained", "tokens estimated beforehand", "the most to try", "peak GiB"]
     return ["## The longest document, alone in its batch", "", *_table(head, rows)] if rows else []
 
 

@@ -226,6 +226,8 @@ def test_the_page_shows_medians_ratios_and_failures(report, tmp_path):
          "cosine_to_plain": 0.9996},
         {"command": "bench.py curve full2k", "group": "curve", "round": 0, "shape": "0.5b", "losses": [3.0, 1.0],
          "plain_losses": [3.0, 1.1], "exact_losses": [3.1, 1.2], "largest_distance": 0.05},
+        {"command": "bench.py context --cap_gib 80 --max_length 350000", "group": "context", "round": 0,
+         "cap_gib": 80.0, "max_length": 350000, "context": 350000, "estimated": 479552, "peak_gib": 54.5},
         {"command": "kernel_speed.py", "group": "floor", "round": 0, "markdown": "| Q, K, V | 1.0 |\n"},
         {**floor, **parts},
         {"command": "bench.py gate full2k --plan offload", "group": "gates", "round": 0, "failed": 1, "stderr": ["no"]},
@@ -243,6 +245,7 @@ def test_the_page_shows_medians_ratios_and_failures(report, tmp_path):
         "| `curve full2k` | 2 | 3.000 | 1.000 | 1.100 | 1.200 | 0.00% / 2.44% | 3.23% / 6.98% | 3.23% / 4.65% |" in page
     )
     assert "| `full2k --plan none` | none | 33.00 | 30.00 | +10.0% |" in page
+    assert "| 80 | 350,000 | 479,552 | 350,000 | 54.50 |" in page
     grown = [
         "| 8b | 16 | full | 1 | 2,048 | 90 | 500 | 30.00 |",
         "| 8b | 16 | full | 4 | 2,048 | 93 | 500 | 30.00 |",
