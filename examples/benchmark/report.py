@@ -13,6 +13,7 @@ import json
 import statistics
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,12 @@ def _name(record: Record) -> str:
     return "lightning_qlora" if _is_own(record) else str(record["peer"])
 
 
+_SPEEDS: tuple[Callable[[Record], float], ...] = (
+    lambda r: float(r["tok_s"]),
+    lambda r: r["tokens_per_step"] / r["step_ms"]["p50"],  # known up to a factor
+)
+
+
 def speed(records: list[Record], floor: Record | None) -> list[str]:
     """Draw own runs beside the peers' on the same rows and plan."""
     chosen = [each for each in records if each["group"] == "speed" and "tok_s" in each]
@@ -89,19 +96,21 @@ def speed(records: list[Record], floor: Record | None) -> list[str]:
         for plan, limited_by in _PLANS:
             mine = [r for r in chosen if r["case"] == case and r["plan"] == plan and _is_own(r)]
             peers = [r for r in chosen if r["case"] == case and r["plan"] == limited_by and not _is_own(r)]
-            best = max((r["tok_s"] for r in peers), default=None)
             beside = sorted(peers, key=lambda r: -r["tok_s"]) if plan == limited_by else []  # they have no other plans
             for record in [*mine, *beside]:
-                ratio = record["tok_s"] / best if best and _is_own(record) else None
+                ratios = [of(record) / max(map(of, peers)) for of in _SPEEDS] if peers and _is_own(record) else []
                 limits = _limits(floor, limited_by) if case == "full2k" and plan != "auto" else []
                 shown = [_figure(record["tok_s"]), _figure(record["sup_tok_s"]), _figure(record["step_ms"]["p50"]),
                          _figure(record.get("peak_gib"), 2)]  # fmt: skip
                 of_floor = ", ".join(f"{record['tok_s'] / limit:.0%}" for limit in limits)
                 rows.append([CASE_TITLES[case], record.get("plan_used", plan), _name(record), *shown,
-                             f"{ratio:.2f} x" if ratio else "", of_floor])  # fmt: skip
+                             ", ".join(f"{ratio:.2f} x" for ratio in ratios), of_floor])  # fmt: skip
     head = ["rows", "recomputed", "trainer", "tokens/s", "supervised/s", "ms of the median step", "peak GiB",
             "to the best peer", "of the floor"]  # fmt: skip
-    said = "Tokens/s are of all measured steps together, so that a slow one among them counts."
+    said = (
+        "Tokens/s are of all measured steps together, so that a slow one among them counts. The first ratio to the "
+        "best peer is of these, the second of the median steps, in which it does not."
+    )
     return ["## Speed and memory beside the peers", "", said, "", *_table(head, rows)]
 
 

@@ -11,6 +11,8 @@ from typing_extensions import override
 
 __all__ = ["QLoRADDPStrategy"]
 
+_BUCKET_MIB = 256  # gradients of rank 16 of an 8B model are 160
+
 
 class QLoRADDPStrategy(DDPStrategy):
     """DDP that sends and reduces adapters only.
@@ -20,8 +22,12 @@ class QLoRADDPStrategy(DDPStrategy):
     so that adapters begin alike.
 
     The defaults that differ from torch's, each of which an argument of DistributedDataParallel overrides:
-    ``gradient_as_bucket_view`` (one copy of the gradients less), no buffers sent (the base's never change), and
-    ``find_unused_parameters`` where a model trains experts that are picked by token, and only there.
+    ``gradient_as_bucket_view`` (one copy of the gradients less), no buffers sent (the base's never change),
+    ``find_unused_parameters`` where a model trains experts that are picked by token, and only there, and on one host
+    ``bucket_cap_mb`` of 256. Adapters are then exchanged all at once when the backward pass ends: that takes a
+    millisecond on NVLink, where torch's buckets of 25 MiB make the ranks wait for one another at each of them and take
+    multiprocessors from the products meanwhile (on two H200s 3 % of a step; examples/benchmark/LOG.md). Between hosts
+    torch's buckets stay, whose exchange a slow network needs to have begun early; on GPUs without NVLink try 25.
     ``static_graph`` stays off: with torch 2.13 an accumulated first step ends in an internal error, and it saves
     nothing where all adapters take part in each step.
 
@@ -36,6 +42,8 @@ class QLoRADDPStrategy(DDPStrategy):
     def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
         if not {"static_graph", "find_unused_parameters"} & self._ddp_kwargs.keys() and _trains_experts(model):
             self._ddp_kwargs["find_unused_parameters"] = True
+        if self.num_nodes == 1 and not {"bucket_cap_mb", "bucket_cap_mb_list"} & self._ddp_kwargs.keys():
+            self._ddp_kwargs["bucket_cap_mb"] = _BUCKET_MIB
         kept = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
         # By name, since broadcast_buffers=False is deprecated in torch 2.13, and what replaces it is not in 2.11.
         if not {"broadcast_buffers", "forward_sync_buffers"} & self._ddp_kwargs.keys():

@@ -202,7 +202,7 @@ def test_the_page_shows_medians_ratios_and_failures(report, tmp_path):
            "predicted_gib": 33.0, "tokens_per_step": 8192, "device_name": "a GPU", "torch": "2.11",
            "group": "speed"}  # fmt: skip
     peer = {"what": "run", "peer": "unsloth", "case": "full2k", "plan": "none", "sup_tok_s": 4, "peak_gib": 35.0,
-            "step_ms": {"p50": 700.0}, "group": "speed", "round": 0,
+            "step_ms": {"p50": 700.0}, "tokens_per_step": 8192, "group": "speed", "round": 0,
             "command": "peers.py run unsloth full2k --plan none CHECKPOINT"}  # fmt: skip
     parts = {f"{name}_ms": 1.0 for name in ("products_forward", "products_backward", "dequantisation",
                                             "attention_forward", "attention_backward", "head")}  # fmt: skip
@@ -236,7 +236,7 @@ def test_the_page_shows_medians_ratios_and_failures(report, tmp_path):
     results.write_text("".join(json.dumps(record) + "\n" for record in records))
     report.main([str(results), "--output", str(tmp_path / "RESULTS.md")])
     page = (tmp_path / "RESULTS.md").read_text()
-    assert "| 4 x 2,048 tokens | none | lightning_qlora | 150 | 5 | 500 | 30.00 | 1.50 x | 75% |" in page
+    assert "| 4 x 2,048 tokens | none | lightning_qlora | 150 | 5 | 500 | 30.00 | 1.50 x, 1.40 x | 75% |" in page
     assert "| 4 x 2,048 tokens | none | unsloth | 100 | 4 | 700 | 35.00 |  | 50% |" in page
     assert "| `bench.py gate full2k --plan offload` | ['no'] |" in page
     assert "## Kernels one by one\n\n| Q, K, V | 1.0 |" in page

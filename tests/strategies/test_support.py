@@ -194,6 +194,8 @@ class Expert(nn.Module):
         (Expert(), {}, {"find_unused_parameters": True}),
         (Expert(), {"find_unused_parameters": False}, {"find_unused_parameters": False}),
         (nn.Linear(2, 2), {"broadcast_buffers": True}, {"broadcast_buffers": True}),
+        (nn.Linear(2, 2), {"bucket_cap_mb": 25}, {"bucket_cap_mb": 25}),
+        (nn.Linear(2, 2), {"num_nodes": 2}, {"bucket_cap_mb": None}),
     ],
 )
 def test_options_of_ddp(module, given, expected, monkeypatch):
@@ -206,10 +208,12 @@ def test_options_of_ddp(module, given, expected, monkeypatch):
     monkeypatch.setattr("lightning.pytorch.strategies.ddp.DistributedDataParallel", wrap)
     model = nn.Sequential(nn.Linear(2, 2).requires_grad_(False), module)
     model[0].register_buffer("constant", torch.zeros(1))
-    strategy = QLoRADDPStrategy(parallel_devices=[torch.device("cpu")], **given)
+    asked = {name: value for name, value in given.items() if name != "num_nodes"}
+    strategy = QLoRADDPStrategy(parallel_devices=[torch.device("cpu")], **asked)
+    strategy.num_nodes = given.get("num_nodes", 1)  # as Lightning's connector does
     monkeypatch.setattr(type(strategy), "root_device", torch.device("cpu"))
     strategy._setup_model(model)
     options = {k: v for k, v in seen.items() if k not in ("module", "device_ids")}
-    assert options == {"gradient_as_bucket_view": True, **expected}
+    assert {"bucket_cap_mb": None, **options} == {"gradient_as_bucket_view": True, "bucket_cap_mb": 256, **expected}
     buffers = [] if given.keys() & {"broadcast_buffers"} else ["0.constant"]
     assert model._ddp_params_and_buffers_to_ignore == ["0.weight", "0.bias", *buffers]
