@@ -76,6 +76,9 @@ CONTROL_SHAPE = re.compile(r"<[|｜].+[|｜]>", re.DOTALL)
 """What a control token looks like that nobody declared special, such as ``<|fim_prefix|>`` of Qwen2.5."""
 
 
+STRANGE_TEXT = "\U00013000 \U00030edd \U000e0fff \U0010fffd"
+"""Characters that hardly a vocabulary holds: a hieroglyph, a rare ideograph, an unassigned and a private one."""
+
 NAME_PUNCTUATION = str.maketrans("", "", "_-.")
 """What the names of functions and calls may hold besides letters and digits."""
 
@@ -128,7 +131,9 @@ class ControlTokens:
     r"""Knows a tokenizer's control tokens and encodes text without letting content write any.
 
     Control tokens are the added tokens that are declared special, that look like ``<|...|>``, that are think or
-    tool markers, or that the chat template names; but not white space, and not the token for unknown text.
+    tool markers, or that the chat template names; but not white space, and not the token that the tokenizer gives for
+    characters it does not know. What is only called ``unk_token`` is one: tokenizers of bytes know every character, and
+    often give that name to the token that ends a text.
 
     Args:
         tokenizer: A tokenizer with a backend of the ``tokenizers`` library.
@@ -156,7 +161,7 @@ class ControlTokens:
             raise ValueError(
                 f"content_tokens names {sorted(unknown)}, which the tokenizer does not have as added tokens."
             )
-        allowed.add(str(tokenizer.unk_token))
+        allowed |= _unknown_tokens(self.backend, added)
         self.contents: dict[int, str] = {
             token_id: token.content
             for token_id, token in added.items()
@@ -246,6 +251,12 @@ class ControlTokens:
         pieces.append(text[position:])
         encoding = self._twin.encode("".join(pieces), add_special_tokens=False)
         return self._check(encoding, matches, starts, shrunk=True)
+
+
+def _unknown_tokens(backend: Tokenizer, added: dict[int, AddedToken]) -> set[str]:
+    """Return the added tokens that come of text which does not name them: those for unknown characters."""
+    ids = backend.encode(STRANGE_TEXT, add_special_tokens=False).ids
+    return {added[token_id].content for token_id in ids if token_id in added}
 
 
 def shrink(position: int, matches: Iterable[Match]) -> int:

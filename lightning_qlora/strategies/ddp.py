@@ -24,8 +24,8 @@ class QLoRADDPStrategy(DDPStrategy):
     The defaults that differ from torch's, each of which an argument of DistributedDataParallel overrides:
     ``gradient_as_bucket_view`` (one copy of the gradients less), no buffers sent (the base's never change),
     ``find_unused_parameters`` where a model trains experts that are picked by token, and only there, and on one host
-    ``bucket_cap_mb`` of 256. Adapters are then exchanged all at once when the backward pass ends: that takes a
-    millisecond on NVLink, where torch's buckets of 25 MiB make the ranks wait for one another at each of them and take
+    ``bucket_cap_mb`` of 256. Adapters are then exchanged all at once when the backward pass ends: that takes two
+    milliseconds on NVLink, where torch's buckets of 25 MiB make the ranks wait for one another at each of them and take
     multiprocessors from the products meanwhile (on two H200s 3 % of a step; examples/benchmark/LOG.md). Between hosts
     torch's buckets stay, whose exchange a slow network needs to have begun early; on GPUs without NVLink try 25.
     ``static_graph`` stays off: with torch 2.13 an accumulated first step ends in an internal error, and it saves

@@ -76,6 +76,30 @@ def test_a_vocabulary_that_spells_its_control_tokens_is_safe_too():
     assert written.ids == [2, 0]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("unknown", ["<|endoftext|>", "<unk>"])
+def test_a_token_that_is_only_called_unknown_is_a_control_token(kind, unknown):
+    tokenizer = tiny_tokenizer("chatml", kind, extra_tokens=[AddedToken("<unk>", special=True)])
+    tokenizer.unk_token = unknown
+    tokens = ControlTokens(tokenizer)
+    assert unknown in tokens.contents.values()
+    (written,) = tokens.encode_batch([f"a {unknown} b 𓂀"], [[]])
+    assert written is not None
+    assert not set(written.ids) & set(tokens.contents)
+    assert tokens.backend.decode(written.ids).strip() == f"a {unknown} b 𓂀"
+
+
+def test_a_token_that_stands_for_unknown_characters_is_none():
+    backend = Tokenizer(WordLevel({"[UNK]": 0, "[END]": 1, "hi": 2}, unk_token="[UNK]"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    backend.add_special_tokens(["[UNK]", "[END]"])
+    tokens = ControlTokens(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", eos_token="[END]"))
+    assert set(tokens.contents.values()) == {"[END]"}
+    (written,) = tokens.encode_batch(["hi 漢 [UNK]"], [[]])
+    assert written is not None
+    assert written.ids == [2, 0, 0]
+
+
 @pytest.mark.parametrize("kind", ["gemma", "unigram"])
 def test_a_control_token_that_plain_text_would_make_is_cut_out_of_the_vocabulary(kind):
     plain = tiny_tokenizer("chatml", kind)
