@@ -16,7 +16,7 @@ import lightning as L
 import torch
 from docstring_parser import parse as parse_docstring
 from jsonargparse import Namespace, set_parsing_settings
-from lightning.pytorch.callbacks import Callback, ModelSummary
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ModelSummary
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -175,12 +175,13 @@ class QLoRACLI(LightningCLI):
         refuse_bitsandbytes_precision(*plugins)  # before Lightning refuses it on CPUs with no word of what to do
         choices = {
             "precision": config.precision or _default_precision(config.accelerator, config.plugins),
-            "logger": _default_logger(config.logger, config.default_root_dir),
+            "logger": config.logger if config.barebones else _default_logger(config.logger, config.default_root_dir),
             "callbacks": self._with_default_callbacks(config.callbacks),
             "strategy": default_strategy(
                 config.strategy, accelerator=config.accelerator, devices=config.devices, num_nodes=config.num_nodes
             ),
         }
+        self._refuse_untrained(choices["callbacks"])
         if config.max_epochs is None and config.max_steps == -1 and config.max_time is None:
             choices["max_epochs"] = 3
         if config.enable_model_summary is None and any(isinstance(c, RunSummary) for c in choices["callbacks"]):
@@ -193,12 +194,26 @@ class QLoRACLI(LightningCLI):
         """Add what the configuration does not bring itself."""
         callbacks = [given] if isinstance(given, Callback) else list(given or ())
         defaults = _DEFAULT_CALLBACKS.get(str(self.subcommand), ())
-        if self._get(self.config_init, "trainer").enable_checkpointing is False:
+        trainer = self._get(self.config_init, "trainer")
+        if trainer.barebones:  # only what makes the answers is not in the way of speed
+            defaults = tuple(kind for kind in defaults if kind is PredictionWriter)
+        if trainer.enable_checkpointing is False:
             defaults = tuple(kind for kind in defaults if kind is not AdapterCheckpoint)
         for kind in defaults:
             if not any(isinstance(callback, (kind, *_REPLACEMENTS.get(kind, ()))) for callback in callbacks):
                 callbacks.append(kind())
         return callbacks
+
+    def _refuse_untrained(self, callbacks: list[Callback]) -> None:
+        """Refuse to evaluate the last checkpoint where no callback finds it: Lightning would evaluate the bare base."""
+        if self.subcommand not in ("validate", "test", "predict"):
+            return
+        finds_last = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
+        if self._get(self.config_init, "ckpt_path") == "last" and not finds_last:
+            raise MisconfigurationException(
+                "ckpt_path is 'last', which AdapterCheckpoint finds, and trainer.enable_checkpointing=false or "
+                "trainer.barebones=true leaves that out. Write the folder of the run as ckpt_path."
+            )
 
     @override
     def _run_subcommand(self, subcommand: str) -> None:

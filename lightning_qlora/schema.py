@@ -233,7 +233,8 @@ class SFTBatch(TypedDict):
     targets: Tensor
     """(N,) int64 token ids to be predicted: the supervised tokens in order."""
     row_ids: tuple[int, ...]
-    """K indices into the prepared data set, to name the rows' origins; -1 for a filler that holds no row."""
+    """K indices into the prepared data set, or a stream's hashes of places, to name the rows' origins; -1 for a filler
+    that holds no row."""
 
 
 class PreferenceBatch(SFTBatch):

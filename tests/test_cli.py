@@ -98,6 +98,31 @@ def test_fit_then_validate_test_and_predict_from_the_last_checkpoint(run):
     assert all(isinstance(row["answer"], str) for row in answers)
 
 
+def test_a_run_may_be_named_as_a_checkpoint_and_mistakes_are_told(run):
+    assert run("fit")[0] == 0
+    code, output = run("validate", "--ckpt_path=run")
+    assert code == 0, output
+    code, last = run("validate", "--ckpt_path=last", "--trainer.default_root_dir=rum")
+    assert (code, "error: There is no checkpoint in rum/checkpoints" in last) == (1, True)
+    code, named = run("validate", "--ckpt_path=rum")
+    assert (code, "error: ckpt_path='rum' is no checkpoint: it " in named) == (1, True)
+    assert "Traceback" not in last + named
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to `self.log", "ignore:Be aware that when using `ckpt_path`")
+def test_barebones_gets_nothing_that_it_forbids(run):
+    assert run("fit")[0] == 0
+    files = {path for path in Path("run").rglob("*") if path.suffix in (".safetensors", ".csv")}
+    options = ["--trainer.barebones=true", "--trainer.log_every_n_steps=null"]
+    for subcommand in (["fit"], ["fit", "--dry_run"], ["predict", "--ckpt_path=run"]):
+        code, output = run(*subcommand, *options)
+        assert code == 0, output
+    assert len(Path("run/predictions.jsonl").read_text(encoding="utf-8").splitlines()) == 5
+    assert {path for path in Path("run").rglob("*") if path.suffix in (".safetensors", ".csv")} == files
+    code, output = run("predict", "--ckpt_path=last", *options)
+    assert (code, "Write the folder of the run as ckpt_path." in output) == (1, True)
+
+
 def test_ckpt_path_last_resumes(run):
     assert run("fit")[0] == 0
     code, output = run("fit", "--ckpt_path=last", "--trainer.max_steps=4")

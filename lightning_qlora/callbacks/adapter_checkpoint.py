@@ -25,6 +25,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_qlora.callbacks.adapter_publisher import AdapterPublisher, NonFiniteAdapterError
+from lightning_qlora.checkpoints.adapter_folder import refuse_base_weights
 from lightning_qlora.checkpoints.boundary import OptimizerBoundary
 from lightning_qlora.checkpoints.checkpoint_io import (
     TRAINER_FILE,
@@ -56,7 +57,8 @@ class AdapterCheckpoint(ModelCheckpoint):
     rank. No file holds base weights. ``manifest.json`` says what was published; ``LATEST`` names the newest.
 
     ``fit --ckpt_path last`` goes on from the newest checkpoint that is whole, refuses if there are only damaged
-    ones, and starts from the beginning if there never was one. A published directory may also be named itself.
+    ones, and starts from the beginning if there never was one, which validate, test and predict refuse. A published
+    directory may also be named itself, or a run's folder for its newest.
 
     On a CPU a resumed run is bit for bit the run that was not interrupted, if its data module keeps its position, as
     SFTDataModule does. For that, what validation draws from the random generators does not count.
@@ -91,7 +93,7 @@ class AdapterCheckpoint(ModelCheckpoint):
 
     Raises:
         ValueError: If ``allow_mismatch`` names something else.
-        MisconfigurationException: If the options contradict one another.
+        MisconfigurationException: If the options contradict one another, or the module's ``state_dict`` holds the base.
     """
 
     FILE_EXTENSION = f"/{TRAINER_FILE}"
@@ -192,13 +194,24 @@ class AdapterCheckpoint(ModelCheckpoint):
 
     @override
     def _find_last_checkpoints(self, trainer: L.Trainer) -> set[str]:
-        """Answer ``ckpt_path="last"``: the newest that is whole, or none if nothing was ever published."""
-        root = self._root(trainer)
-        newest = open_store(root).newest_valid()
-        if newest is None:
-            rank_zero_info(f"There is no checkpoint in {root} yet: training starts from the beginning.")
-            return set()
-        return {newest.path + self.FILE_EXTENSION}
+        """Answer ``ckpt_path="last"``: the newest that is whole, or none if nothing was ever published.
+
+        Only training may start from the beginning then: answers of the bare base are not to pass for a run's.
+        """
+        newest = self._find_newest(trainer)
+        if not newest and trainer.state.fn == TrainerFn.FITTING:
+            rank_zero_info(f"There is no checkpoint in {self._root(trainer)} yet: training starts from the beginning.")
+        elif not newest and not _finds_last(trainer):
+            raise MisconfigurationException(
+                f"There is no checkpoint in {self._root(trainer)}, so ckpt_path='last' names nothing to load. Write "
+                "the trainer's default_root_dir or the callback's dirpath as in training, or the checkpoint's own "
+                "folder as ckpt_path; without ckpt_path the model is taken as it is."
+            )
+        return newest
+
+    def _find_newest(self, trainer: L.Trainer) -> set[str]:
+        newest = open_store(self._root(trainer)).newest_valid()
+        return set() if newest is None else {newest.path + self.FILE_EXTENSION}
 
     def _check(self, trainer: L.Trainer, published: Published) -> None:
         """Refuse to load a checkpoint into another base, quantisation, adapter, tokenizer, template or data set."""
@@ -213,6 +226,10 @@ class AdapterCheckpoint(ModelCheckpoint):
             self._identity = identify_run(trainer)
         return self._identity
 
+    @override
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        refuse_base_weights(pl_module)
+
     # When to publish: only between optimizer steps
 
     @override
@@ -226,7 +243,8 @@ class AdapterCheckpoint(ModelCheckpoint):
             on_rank_zero(trainer, self._warn_of_another_run)
         else:  # what was just loaded need not be published again
             self._last_global_step_saved = self._published_step = trainer.global_step
-            directory = published_directory(trainer.ckpt_path) or str(trainer.ckpt_path)
+            path = trainer.ckpt_path  # of a run's folder, the newest checkpoint was loaded
+            directory = published_directory(path) or self._publisher.io.checked or str(path)
             self._last_checkpoint_saved = directory + self.FILE_EXTENSION
 
     def _warn_of_another_run(self) -> None:
@@ -439,7 +457,8 @@ class AdapterCheckpoint(ModelCheckpoint):
             return
         mine = [p for p in self._publisher.store.published() if self._is_mine(p)]
         doomed = [p.name for p in mine if p.name not in kept]
-        self._publisher.store.prune(doomed, self.keep_at_least, among={p.name for p in mine})
+        # A step that was published before its validation and again after it counts once.
+        self._publisher.store.prune(doomed, self.keep_at_least, {p.name for p in mine}, _step_of)
 
     def _is_mine(self, published: Published) -> bool:
         return (published.metadata.get("run"), published.metadata.get("callback")) == (self._run, self.state_key)
@@ -484,6 +503,15 @@ def _agree_on_resume_path(trainer: L.Trainer) -> None:
         )
 
 
+def _finds_last(trainer: L.Trainer) -> bool:
+    """Whether any callback, of this kind or of Lightning's own, has what ``ckpt_path="last"`` may mean."""
+    callbacks = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+    return any(
+        c._find_newest(trainer) if isinstance(c, AdapterCheckpoint) else c._find_last_checkpoints(trainer)
+        for c in callbacks
+    )
+
+
 def _is_ending(trainer: L.Trainer) -> bool:
     """Whether training ends here, in the middle of an epoch or not."""
     return trainer.should_stop or trainer.global_step == trainer.max_steps
@@ -491,6 +519,10 @@ def _is_ending(trainer: L.Trainer) -> bool:
 
 def _is_trial(trainer: L.Trainer) -> bool:
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+
+def _step_of(published: Published) -> Any:
+    return published.metadata.get("step", published.name)
 
 
 def _name(filepath: str) -> str:

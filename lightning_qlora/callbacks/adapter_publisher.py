@@ -15,6 +15,7 @@ from lightning_qlora.checkpoints.adapter_folder import (
     find_peft_model,
     gather_adapter_state,
     nonfinite_adapters,
+    saved_adapter_state,
     write_adapter_folder,
 )
 from lightning_qlora.checkpoints.checkpoint_io import TRAINER_FILE, PublishedCheckpointIO
@@ -64,8 +65,10 @@ class AdapterPublisher:
         self._refuse_nonfinite(trainer)
         staging = on_rank_zero(trainer, lambda: self.store.begin(name))
         try:
-            self._write_trainer_state(trainer, staging)
+            saved = self._write_trainer_state(trainer, staging)
             state = gather_adapter_state(trainer.lightning_module)
+            if state is None:
+                state = saved_adapter_state(trainer.lightning_module, saved)
             metadata = on_rank_zero(trainer, lambda: self._write_folder(trainer, staging, state, describe))
         except BaseException:
             if trainer.is_global_zero:
@@ -108,11 +111,13 @@ class AdapterPublisher:
                 "were. RunGuard stops training before such an update."
             )
 
-    def _write_trainer_state(self, trainer: L.Trainer, staging: Path) -> None:
+    def _write_trainer_state(self, trainer: L.Trainer, staging: Path) -> dict[str, Any]:
+        """Return the weights that were written, where Lightning hands them over whole, else nothing."""
         self.io.expect(staging)
         try:
             trainer.save_checkpoint(staging / TRAINER_FILE, weights_only=False)
             on_rank_zero(trainer, self.io.raise_error)
+            return self.io.saved_weights
         finally:
             self.io.expect(None)
 

@@ -20,6 +20,7 @@ from peft import PeftModel
 from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
+from lightning_qlora.checkpoints.identity import changes_base
 from lightning_qlora.data.chat_template import ChatTemplate
 from lightning_qlora.evaluation import (
     AnswerSheet,
@@ -28,7 +29,6 @@ from lightning_qlora.evaluation import (
     Verdict,
     adapters_off,
     answer_questions,
-    changes_base,
     encode_prompts,
     encode_references,
     judge,

@@ -17,6 +17,7 @@ from typing_extensions import override
 from lightning_qlora.accounting import Storage, count_storage
 from lightning_qlora.data.report import PreparationReport
 from lightning_qlora.memory import SimulationError, free_memory, memory_of_run
+from lightning_qlora.modules.steps import accumulations, count_steps
 
 __all__ = ["RunSummary"]
 
@@ -192,10 +193,10 @@ def _tokens_per_batch(trainer: L.Trainer, report: PreparationReport) -> int:
 
 
 def _describe_steps(trainer: L.Trainer) -> str:
-    total = trainer.estimated_stepping_batches
+    total, sizes = count_steps(trainer), " then ".join(map(str, accumulations(trainer)))
     planned = f"{total:,}" if math.isfinite(total) else "until stopped"
     ranks = f" x {trainer.world_size} ranks" if trainer.world_size > 1 else ""
-    parts = [f"{planned} optimizer steps of {trainer.accumulate_grad_batches} micro-batches{ranks}"]
+    parts = [f"{planned} optimizer steps of {sizes} micro-batches{ranks}"]
     if math.isfinite(trainer.num_training_batches):
         parts.append(f"{trainer.num_training_batches:,.0f} micro-batches an epoch")
     if trainer.global_step:

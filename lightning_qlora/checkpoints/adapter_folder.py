@@ -14,14 +14,17 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from lightning_qlora.checkpoints.publishing import LocalStore
+from lightning_qlora.checkpoints.publishing import newest_of_run
 
 __all__ = [
     "REQUIRED_FILES",
+    "describe_place",
     "find_adapter",
     "find_peft_model",
     "gather_adapter_state",
     "nonfinite_adapters",
+    "refuse_base_weights",
+    "saved_adapter_state",
     "write_adapter_folder",
 ]
 
@@ -41,24 +44,27 @@ def find_adapter(folder: str | Path) -> Path:
     path = Path(folder).expanduser()
     if (path / "adapter_config.json").is_file():
         return path
-    for place in (path, path / "checkpoints"):
-        store = LocalStore(place)
-        if store.latest() is not None or store.published():  # not just anybody's adapters side by side
-            newest = store.newest_valid()
-            assert newest is not None
-            return Path(newest.path)
+    newest = newest_of_run(path)
+    if newest is not None:
+        return Path(newest.path)
     raise ValueError(
-        f"{str(folder)!r} is no adapter folder: {_contents(path)}. Write the folder that AdapterCheckpoint or PEFT's "
-        "save_pretrained made, or that of a run, whose newest checkpoint then counts."
+        f"{str(folder)!r} is no adapter folder: {describe_place(path, 'adapter_config.json')}. Write the folder that "
+        "AdapterCheckpoint or PEFT's save_pretrained made, or that of a run, whose newest checkpoint then counts."
     )
 
 
-def _contents(path: Path) -> str:
+def describe_place(path: Path, wanted: str) -> str:
+    """Say what is at a path instead of a checkpoint or a folder of them.
+
+    Args:
+        path: A folder that does not hold it, a file, or nothing.
+        wanted: The file that would have made the folder a right one.
+    """
     if not path.is_dir():
         return "it is a file" if path.exists() else "it does not exist"
     names = sorted(entry.name for entry in path.iterdir())
     held = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    return f"it holds {held or 'nothing'}, but no adapter_config.json and no checkpoints"
+    return f"it holds {held or 'nothing'}, but no {wanted} and no checkpoints"
 
 
 def find_peft_model(module: nn.Module) -> tuple[str, PeftModel]:
@@ -71,9 +77,26 @@ def find_peft_model(module: nn.Module) -> tuple[str, PeftModel]:
         if isinstance(child, PeftModel):
             return f"{name}." if name else "", child
     raise MisconfigurationException(
-        f"{type(module).__name__} holds no peft.PeftModel, so there is no adapter to publish. Use SFTModule, or keep "
-        "the result of peft.get_peft_model as an attribute; for other modules use Lightning's ModelCheckpoint."
+        f"{type(module).__name__} holds no peft.PeftModel, so there is no adapter to publish. Use SFTModule or "
+        "another subclass of CausalLMModule; for other modules use Lightning's ModelCheckpoint."
     )
+
+
+def refuse_base_weights(module: nn.Module) -> None:
+    """Refuse a module that would save its base with the adapters.
+
+    Raises:
+        MisconfigurationException: If it does, or if it has no adapters.
+    """
+    _, model = find_peft_model(module)
+    frozen = {id(parameter) for parameter in model.parameters() if not parameter.requires_grad}
+    saved = [name for name, tensor in module.state_dict(keep_vars=True).items() if id(tensor) in frozen]
+    if saved:
+        raise MisconfigurationException(
+            f"{type(module).__name__} would save {len(saved)} tensors that are not trained, such as {saved[0]}, and "
+            "checkpoints of adapters hold no base. Use SFTModule or another subclass of CausalLMModule, whose "
+            "state_dict gives the trained tensors only; or Lightning's ModelCheckpoint, to save the base too."
+        )
 
 
 def nonfinite_adapters(module: nn.Module) -> list[str]:
@@ -106,6 +129,28 @@ def gather_adapter_state(module: nn.Module) -> dict[str, Tensor] | None:
     return {_unwrapped(name): whole[id(parameter)] for name, parameter in trained.items()}
 
 
+def saved_adapter_state(module: nn.Module, saved: Mapping[str, Any]) -> dict[str, Tensor] | None:
+    """Return the model's tensors with the trained ones as a checkpoint holds them, if those are others.
+
+    Lightning's WeightAveraging validates averaged weights and saves them in place of those being trained.
+
+    Args:
+        module: What the checkpoint was made of.
+        saved: The checkpoint's ``state_dict``.
+
+    Returns:
+        The tensors by PEFT's names; ``None`` if the checkpoint holds the model's own.
+    """
+    _, model = find_peft_model(module)
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    own = {key: p for key, p in module.state_dict(keep_vars=True).items() if id(p) in trained and key in saved}
+    other = {id(p): saved[key] for key, p in own.items() if saved[key].data_ptr() != p.data_ptr()}
+    if not other:
+        return None
+    named = model.state_dict(keep_vars=True).items()
+    return {_unwrapped(name): other.get(id(tensor), tensor).detach() for name, tensor in named}
+
+
 def _unwrapped(name: str) -> str:
     return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
 
@@ -123,7 +168,8 @@ def write_adapter_folder(
     Args:
         folder: Exists already.
         model: The model with adapters.
-        state: Its trained tensors where they had to be collected from shards; else PEFT takes them from the model.
+        state: Its tensors where they had to be collected from shards, or others were saved than it holds; else PEFT
+            takes them from the model.
         tokenizer: Written with its chat template.
         stop_token_ids: Terminators that training taught; generation stops at them and at the base's own.
     """

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
@@ -27,9 +27,11 @@ from lightning_qlora.ranks import agree
 
 __all__ = [
     "FIELDS",
+    "INITIALISATIONS_OF_THE_BASE",
     "Difference",
     "IdentityMismatchError",
     "TensorDigest",
+    "changes_base",
     "check_adapter",
     "differences",
     "identify",
@@ -38,6 +40,9 @@ __all__ = [
     "package_versions",
     "refuse_differences",
 ]
+
+INITIALISATIONS_OF_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""How PEFT's ``init_lora_weights`` begin that move a part of the base into the adapters."""
 
 FIELDS = ("base", "quantization", "adapter", "tokenizer", "chat_template", "data")
 """The parts of an identity, by the names that an override takes."""
@@ -371,6 +376,9 @@ def check_adapter(
 
     Where ranks share the base, all of them call this.
 
+    An adapter that :func:`changes_base` was published with the base as it had left it. Loading it does the same again,
+    so the tensors that it moves can only be compared afterwards: check such a one once more on the loaded model.
+
     Args:
         folder: What ``AdapterCheckpoint`` published, or any PEFT folder.
         model: The base that it is to be loaded into, or the model that it has been loaded into.
@@ -390,8 +398,16 @@ def check_adapter(
     recorded = published.metadata.get("identity")
     if recorded is not None:
         found = identify(model, tokenizer, gather=True)
+        if not isinstance(model, PeftModel) and changes_base(PeftConfig.from_pretrained(str(folder))):
+            found["base"]["tensors" if found["quantization"] is None else "quantized_tensors"] = None
         refuse_differences(f"The adapter in {str(folder)!r}", recorded, found, allow)
     return published
+
+
+def changes_base(adapter: PeftConfig) -> bool:
+    """Whether an adapter's initialisation moves a part of the base into it, so that without it there is no base."""
+    init = getattr(adapter, "init_lora_weights", True)
+    return isinstance(init, str) and init.lower().startswith(INITIALISATIONS_OF_THE_BASE)
 
 
 def _short(value: Any) -> str:

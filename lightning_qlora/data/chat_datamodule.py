@@ -59,7 +59,8 @@ class PreparedDataModule(L.LightningDataModule):
     Args:
         train: What to train on: a file, folder, glob or dataset id, a source with options (``path``, ``format``,
             ``columns``, ``weight``, ...), or a list of them.
-        validation: What to validate on, likewise. Not together with ``validation_fraction``.
+        validation: What to validate on, likewise; a ``weight`` of 0.2 uses a seeded fifth of the source's rows. Not
+            together with ``validation_fraction``.
         test: What ``test`` measures on, likewise.
         predict: JSONL file of questions for ``predict``: ``prompt`` or ``messages`` in each line.
         tokenizer: Model id or folder whose tokenizer (and chat template) is used; the command line links it to
@@ -83,7 +84,8 @@ class PreparedDataModule(L.LightningDataModule):
         batch_size: Rows of a padded batch, and questions of a ``predict`` batch.
         pad_to_multiple_of: Round the positions of a batch up to a multiple of this.
         validation_fraction: Share of the training rows that is held out for validation, from 0 to below 1. Equal rows
-            always go to the same side, so no validation row is trained on.
+            always go to the same side, so no validation row is trained on. Each is validated on once, whatever the
+            ``weight`` of its source.
         seed: Decides which rows share a batch, the order of the batches, and the rows held out.
         max_invalid_fraction: Largest share of rows that may be refused before the run stops with the table of reasons.
             The default of 5 % lets a few broken rows pass, counted, and stops at a wrong format or template.
@@ -437,7 +439,10 @@ class PreparedDataModule(L.LightningDataModule):
         """
         if self.trainer is None or self.trainer.state.fn is not TrainerFn.FITTING:
             return
-        check_identity(state_dict, self._identity())
+        here, begun = self._identity(), state_dict["epoch"] or state_dict["batches_done"]
+        if not begun and state_dict["batches"] != here["batches"]:
+            return  # nothing to continue: BatchSizeFinder goes back to the start with the batches it has changed
+        check_identity(state_dict, here)
         self._restore_position(state_dict, self.trainer)
 
     def _restore_position(self, state_dict: dict[str, Any], trainer: L.Trainer) -> None:

@@ -37,6 +37,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from transformers import PreTrainedTokenizerBase
 
 from lightning_qlora.data.control_tokens import ControlTokens, Match, Written, shrink
+from lightning_qlora.data.formats import RENDERER_VARIABLES
 from lightning_qlora.data.rendering import Dialogue, Rendered, Renderer, check_characters, check_messages
 from lightning_qlora.data.template_guard import check_template
 from lightning_qlora.data.turns import Turn, Turns, check_rendered, other_prompt
@@ -44,7 +45,7 @@ from lightning_qlora.schema import Completion, Conversation, Message, Origin, Ro
 
 __all__ = ["ChatTemplate", "Supervise", "check_stop_tokens"]
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 """Part of every fingerprint: to be raised whenever the same row may come out with other ids or another mask."""
 
 Supervise = Literal["all", "last"]
@@ -80,7 +81,8 @@ class ChatTemplate:
         control_token_ids: The control tokens that the chat template writes.
 
     Raises:
-        ValueError: ``supervise`` is unknown, or the tokenizer has no backend of the ``tokenizers`` library.
+        ValueError: ``supervise`` is unknown, ``template_kwargs`` names a variable that is set here, or the tokenizer
+            has no backend of the ``tokenizers`` library.
     """
 
     def __init__(
@@ -96,6 +98,11 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.supervise: Supervise = supervise
         self.template_kwargs = dict(template_kwargs or {})
+        if own := sorted(RENDERER_VARIABLES & self.template_kwargs.keys()):
+            raise ValueError(
+                f"template_kwargs sets {', '.join(own)}, which the rows or this package set; allowed: other variables "
+                "of the chat template, such as enable_thinking or documents. Leave it out."
+            )
         self.content_tokens = tuple(content_tokens)
         template = tokenizer.chat_template or ""
         self._template_source = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
@@ -141,10 +148,11 @@ class ChatTemplate:
         }
         found = []
         for name, messages in chats.items():
-            plan = self._try_plan(Conversation(messages, Origin("probe", 1), (), {}))
-            if isinstance(plan, RowRefused):
-                found.append(f"{name} is not trained on ({plan.reason})")
-            elif mode := plan.turns[0].mode:
+            row = Conversation(messages, Origin("probe", 1), (), {})
+            plan, (result,) = self._try_plan(row), self.encode_batch([row])
+            if isinstance(result, RowRefused):
+                found.append(f"{name} is not trained on ({result.reason})")
+            elif not isinstance(plan, RowRefused) and (mode := plan.turns[0].mode):
                 found.append(f"{name} is trained on as what the prompt with {mode} asks for")
         return tuple(found)
 

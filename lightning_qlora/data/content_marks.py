@@ -24,6 +24,7 @@ __all__ = [
     "Source",
     "Span",
     "TemplateFields",
+    "TooManyStringsError",
     "holds_marker",
     "template_messages",
     "template_tools",
@@ -56,6 +57,16 @@ SCHEMA_WORDS: frozenset[str] = frozenset(
     | {"object", "null", "any", "$ref", "$defs", "definitions"}
 )
 """The vocabulary of tool schemas: templates look for these words, and no control token is made of them."""
+
+DOCUMENT_WORDS: frozenset[str] = frozenset(
+    {"text", "title", "content", "contents", "page_content", "body", "snippet", "id", "doc_id", "url", "source", "name"}
+    | {"metadata", "date", "author", "score"}
+)
+"""The same of ``documents``: their usual keys, of which some are parts of names such as ``<|endoftext|>``."""
+
+
+class TooManyStringsError(Exception):
+    """A row brings along more strings than there are marks. No ``ValueError``, which templates raise by themselves."""
 
 
 class Source(NamedTuple):
@@ -111,7 +122,10 @@ class Marks:
             return text
         number = len(self.sources)
         if number >= MAX_MARKS:
-            raise ValueError(f"The row holds more than {MAX_MARKS} strings.")
+            raise TooManyStringsError(
+                f"The row holds more than {MAX_MARKS} strings (contents, reasoning, names and arguments of calls, tool "
+                "schemas), which is as many as can be told apart in one chat. Split it into several rows."
+            )
         self.sources.append(Source(owner, kind))
         marked = f"{chr(MARK_BASE + 2 * number)}{core}{chr(MARK_BASE + 2 * number + 1)}"
         if len(core) == len(text):
@@ -211,10 +225,10 @@ def template_tools(tools: Sequence[dict[str, Any]], marks: Marks | None) -> list
 
 
 def template_variables(variables: dict[str, Any], marks: Marks | None) -> dict[str, Any]:
-    """Copy a row's variables for a chat template, their values marked when ``marks`` are given."""
+    """Copy a row's variables for a chat template, their strings marked when ``marks`` are given."""
     if marks is None:
         return variables
-    return {name: marks.json(value, NO_MESSAGE, "variable") for name, value in variables.items()}
+    return {name: marks.json(value, NO_MESSAGE, "variable", DOCUMENT_WORDS) for name, value in variables.items()}
 
 
 def template_messages(messages: Sequence[Message], fields: TemplateFields, marks: Marks | None) -> list[dict[str, Any]]:

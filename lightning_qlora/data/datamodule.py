@@ -33,7 +33,8 @@ class SFTDataModule(PreparedDataModule):
     Args:
         train: What to train on: a file, folder, glob or dataset id, a source with options (``path``, ``format``,
             ``columns``, ``weight``, ...), or a list of them.
-        validation: What to validate on, likewise. Not together with ``validation_fraction``.
+        validation: What to validate on, likewise; a ``weight`` of 0.2 uses a seeded fifth of the source's rows. Not
+            together with ``validation_fraction``.
         test: What ``test`` measures on, likewise.
         predict: JSONL file of questions for ``predict``: ``prompt`` or ``messages`` in each line.
         supervise: Which assistant turns are learned: ``all`` or the ``last``. A message's own ``train`` field wins.

@@ -37,7 +37,7 @@ class Document(NamedTuple):
     Attributes:
         input_ids: (T,) token ids.
         supervised: (S, 2) half-open spans ``[start, end)`` of the supervised tokens, ascending.
-        row_id: Its number in the prepared data set; -1 for a filler.
+        row_id: Its number in the prepared data set, or that of its place if it comes from a stream; -1 for a filler.
         kind: What its answer is.
     """
 

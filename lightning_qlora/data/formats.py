@@ -12,7 +12,8 @@ unpaired           a chat, or prompt and completion, with ``label``: true for a 
                    one; the label is that of the last answer
 messages           ``messages``: a list of ``{role, content}``, the OpenAI shape
 sharegpt           ``conversations``: a list of ``{from, value}``
-alpaca             ``instruction``, ``input`` (optional; joined by a blank line), ``output``, ``history``
+alpaca             ``instruction``, ``input`` (optional; joined by a blank line), ``output``, ``history``; also
+                   ``question``, ``query`` or ``prompt`` for input, ``answer``, ``response``, ... for output
 prompt_completion  ``prompt`` and ``completion``: two texts, which become a user and an assistant turn, or
                    two lists of messages; also ``question``/``answer``, ``query``/``response``, ...
 text               ``text``: raw text, every token of it supervised, no chat template
@@ -20,8 +21,9 @@ text               ``text``: raw text, every token of it supervised, no chat tem
 
 ``raw_completion`` is prompt and completion as raw text, without a chat template; it has to be asked for by
 ``format``. Everywhere ``system`` (a text), ``tools`` (a list of JSON schemas) and ``chat_template_kwargs`` (an
-object) may stand beside. A column that is null counts as absent. Of a prompt-completion row and of a pair only the
-answer is supervised, of every other chat all assistant turns.
+object) may stand beside, and ``reasoning`` beside an answer that is a text. A column that is null counts as absent; a
+list of messages may be JSON text, as it is in CSV files. Of a prompt-completion row and of a pair only the answer is
+supervised, of every other chat all assistant turns.
 
 A supervised run takes pairs only where ``format: preference`` says so, and learns the chosen answers. A run over pairs
 takes nothing else; a run over single judged answers takes ``unpaired`` rows, and pairs as one good and one bad answer.
@@ -35,10 +37,11 @@ reason                       verdict on
 not-an-object                a row that is a list, a text, a number, null
 unknown-shape                none of the shapes above; the message lists the keys found
 missing-column               a column that ``columns`` or the chosen ``format`` names is not there
+unread-column                the shape does not read a field that ``columns`` maps, or an ``instruction``
 not-a-pair                   a preference run met a row without ``chosen`` and ``rejected``
 pair-for-supervised-run      a supervised run met a pair that it was not told of by ``format``
 no-label                     a run over judged answers met an answer without ``label``
-bad-label                    ``label`` other than true, false, 1, 0
+bad-label                    ``label`` other than true, false, 1, 0, or these as text
 messages-not-list            ``messages`` is neither a list nor a list as JSON text
 no-messages                  the list is empty
 message-not-object           a message is not an object
@@ -82,9 +85,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final, Literal, TypeAlias, get_args
 
+from lightning_qlora.data.columns import CHAT_COLUMNS, WatchedFields, renamed
 from lightning_qlora.data.json_values import BadRowError, check_value, described, described_keys
-from lightning_qlora.data.messages import check_turns, is_turns, parse_messages, parse_tools, text_of
-from lightning_qlora.data.preference import parse_pair, split_answer
+from lightning_qlora.data.messages import check_turns, parse_messages, parse_tools, text_of
+from lightning_qlora.data.preference import parse_pair, split_answer, turns_of
 from lightning_qlora.schema import (
     Completion,
     Conversation,
@@ -97,13 +101,12 @@ from lightning_qlora.schema import (
 )
 
 __all__ = [
-    "COLUMNS",
     "FORMATS",
+    "RENDERER_VARIABLES",
     "TASKS",
     "Format",
     "ParsedRow",
     "Task",
-    "check_columns",
     "parse_row",
     "recognise_format",
 ]
@@ -123,42 +126,18 @@ TASKS: Final[tuple[Task, ...]] = get_args(Task)
 ParsedRow: TypeAlias = Row | PreferenceRow | UnpairedRow
 """What a row is read as: for ``sft`` a ``Row``, for ``preference`` a pair, for ``unpaired`` an answer or a pair."""
 
-COLUMNS: Final = (
-    "messages", "conversations", "role", "content", "system", "tools", "chat_template_kwargs", "prompt",
-    "completion", "reasoning", "instruction", "input", "output", "history", "text", "chosen", "rejected", "label",
-)  # fmt: skip
-"""What ``columns`` may map; ``role`` and ``content`` are the keys inside each message."""
-
-_CHAT_COLUMNS: Final = ("messages", "conversations", "conversation")
 _PROMPT_COLUMNS: Final = ("prompt", "question", "query", "input")
 _COMPLETION_COLUMNS: Final = ("completion", "response", "answer", "output")
-_OUTPUT_COLUMNS: Final = ("output", "response", "completion")
-_RENDERER_VARIABLES: Final = frozenset(
-    {
-        "messages",
-        "conversation",
-        "tools",
-        "add_generation_prompt",
-        "continue_final_message",
-        "tokenize",
-        "chat_template",
-    }
-)
+_INPUT_COLUMNS: Final = (("input", "context"), ("query", "question"))
+_OUTPUT_COLUMNS: Final = ("output", "response", "completion", "answer")
+_LABELS: Final = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 _EXPECTED: Final = "messages | conversations | instruction + output | prompt + completion | text | chosen + rejected"
 
-
-def check_columns(columns: Mapping[str, str] | None) -> None:
-    """Check a column mapping once, before any row is read.
-
-    Raises:
-        ValueError: It maps a name that is not in ``COLUMNS``.
-    """
-    unknown = [name for name in columns or {} if name not in COLUMNS]
-    if unknown:
-        raise ValueError(
-            f"columns maps {', '.join(map(repr, unknown))}, which is no field of a row. Allowed on the left side: "
-            f"{', '.join(COLUMNS)}. Write columns: {{prompt: <your column>, completion: <your column>}}."
-        )
+RENDERER_VARIABLES: Final = frozenset(
+    {"messages", "conversation", "tools", "add_generation_prompt", "continue_final_message", "tokenize"}
+    | {"chat_template"}
+)
+"""Variables of chat templates that the rows or the renderer set, so that nobody else can."""
 
 
 def recognise_format(record: Mapping[str, Any]) -> Format:
@@ -188,12 +167,18 @@ def _shape_of(record: Mapping[str, Any], keys: set[str]) -> Format | None:
     if keys >= {"chosen", "rejected"}:
         return "preference"
     shape = _chat_shape(record, keys)
-    # Other labels than true and false are often classes, which say nothing about the answer.
-    return "unpaired" if shape not in (None, "text") and isinstance(record.get("label"), bool) else shape
+    return "unpaired" if shape not in (None, "text") and _judgement(record.get("label")) is not None else shape
+
+
+def _judgement(label: object) -> bool | None:
+    """Whether a label calls an answer good; ``None`` for other labels, often classes, which say nothing about it."""
+    if isinstance(label, str):
+        return _LABELS.get(label.strip().lower())
+    return bool(label) if isinstance(label, (int, float)) and label in (0, 1) else None
 
 
 def _chat_shape(record: Mapping[str, Any], keys: set[str]) -> Format | None:
-    for column in _CHAT_COLUMNS:
+    for column in CHAT_COLUMNS:
         if column in keys:
             turns = record[column]
             first = turns[0] if isinstance(turns, list) and turns else None
@@ -235,13 +220,22 @@ def parse_row(
             raise BadRowError(
                 "not-an-object", f"the row is {described(record)}; allowed: an object such as {_EXPECTED}"
             )
-        fields = _renamed(record, columns) if columns else record
+        fields = renamed(record, columns) if columns else record
         shape = _chosen_shape(fields, columns) if format == "auto" else format
-        if task == "sft":
-            return _for_supervision(fields, shape, origin, asked=format == "preference")
-        return _for_preference(fields, shape, origin, task)
+        if not columns:
+            return _for_task(fields, shape, origin, task, asked=format == "preference")
+        watched = WatchedFields(fields)
+        row = _for_task(watched, shape, origin, task, asked=format == "preference")
+        watched.check_read(columns, shape)
+        return row
     except BadRowError as bad:
         raise RowRefused(bad.reason, bad.detail, origin) from None
+
+
+def _for_task(fields: Mapping[str, Any], shape: Format, origin: Origin, task: Task, *, asked: bool) -> ParsedRow:
+    if task == "sft":
+        return _for_supervision(fields, shape, origin, asked=asked)
+    return _for_preference(fields, shape, origin, task)
 
 
 def _for_supervision(fields: Mapping[str, Any], shape: Format, origin: Origin, *, asked: bool) -> Row:
@@ -249,7 +243,9 @@ def _for_supervision(fields: Mapping[str, Any], shape: Format, origin: Origin, *
     if isinstance(row, UnpairedRow):
         if not row.desirable:
             raise BadRowError(
-                "unwanted-answer", "label: false marks the answer as a bad example; allowed: label: true, or no label"
+                "unwanted-answer",
+                "label: false marks the answer as a bad example; allowed: label: true, or no label. If the label is a "
+                "class of another kind, write the shape as format in the source, such as format: prompt_completion",
             )
         return Conversation((*_unsupervised(row.prompt), *row.completion), origin, row.tools, row.template_kwargs)
     if isinstance(row, PreferenceRow):
@@ -279,36 +275,11 @@ def _for_preference(
         if row.chosen == row.rejected:
             raise BadRowError("same-answers", "chosen and rejected are equal; allowed: two different answers")
         return row
+    allowed = "chosen + rejected" + (", or a chat, or prompt + completion, with label" if task == "unpaired" else "")
     remedy = (
         "for single answers with a label write unpaired: true" if shape == "unpaired" else "train with SFTDataModule"
     )
-    raise BadRowError("not-a-pair", f"the row has the shape {shape}; allowed: chosen + rejected. Else {remedy}")
-
-
-def _renamed(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    mapped = {field: column for field, column in columns.items() if field not in ("role", "content")}
-    missing = [column for column in mapped.values() if column not in record]
-    if missing:
-        found = described_keys(record)
-        raise BadRowError("missing-column", f"columns names {', '.join(map(repr, missing))}; the row has {found}")
-    taken = set(mapped.values())
-    fields = {key: value for key, value in record.items() if key not in taken}
-    fields.update((field, record[column]) for field, column in mapped.items())
-    if len(mapped) < len(columns):
-        for name in (*_CHAT_COLUMNS, "prompt", "completion", "chosen", "rejected"):
-            fields[name] = _renamed_turns(fields.get(name), columns)
-    return fields
-
-
-def _renamed_turns(turns: object, columns: Mapping[str, str]) -> object:
-    """Give the messages of a list the keys ``role`` and ``content``."""
-    if not isinstance(turns, list):
-        return turns
-    names = {columns[key]: key for key in ("role", "content") if key in columns}
-    return [
-        {names.get(key, key): value for key, value in turn.items()} if isinstance(turn, Mapping) else turn
-        for turn in turns
-    ]
+    raise BadRowError("not-a-pair", f"the row has the shape {shape}; allowed: {allowed}. Else {remedy}")
 
 
 def _chosen_shape(fields: Mapping[str, Any], columns: Mapping[str, str] | None) -> Format:
@@ -357,19 +328,20 @@ def _template_kwargs(record: Mapping[str, Any]) -> dict[str, Any]:
     found = record.get("chat_template_kwargs")
     if found is None:
         return {}
-    if not isinstance(found, Mapping) or not _RENDERER_VARIABLES.isdisjoint(found):
+    if not isinstance(found, Mapping) or not RENDERER_VARIABLES.isdisjoint(found):
         raise BadRowError(
             "bad-template-kwargs",
-            f"chat_template_kwargs is {described(found)}; allowed: an object without {', '.join(_RENDERER_VARIABLES)}",
+            f"chat_template_kwargs is {described(found)}; allowed: an object without "
+            f"{', '.join(sorted(RENDERER_VARIABLES))}",
         )
     check_value(found, "chat_template_kwargs")
     return dict(found)
 
 
 def _from_messages(record: Mapping[str, Any], origin: Origin) -> Conversation:
-    column = next((name for name in _CHAT_COLUMNS if record.get(name) is not None), None)
+    column = next((name for name in CHAT_COLUMNS if record.get(name) is not None), None)
     if column is None:
-        _first(record, _CHAT_COLUMNS, needed_by="a chat")
+        _first(record, CHAT_COLUMNS, needed_by="a chat")
         column = "messages"
     return _conversation(parse_messages(record.get(column), column), record, origin)
 
@@ -383,14 +355,25 @@ def _from_alpaca(record: Mapping[str, Any], origin: Origin) -> Conversation:
 
 
 def _alpaca_turn(record: Mapping[str, Any]) -> tuple[Message, Message]:
-    answer = _text(_first(record, _OUTPUT_COLUMNS, needed_by="alpaca"), "output", "empty-answer")
-    return Message("user", _alpaca_prompt(record)), Message("assistant", answer)
+    answer = _answer(_first(record, _OUTPUT_COLUMNS, needed_by="alpaca"), "output", record)
+    return Message("user", _alpaca_prompt(record)), answer
+
+
+def _answer(found: object, what: str, record: Mapping[str, Any]) -> Message:
+    """An answer that is a text, with the ``reasoning`` beside it."""
+    reasoning = text_of(record.get("reasoning"), "reasoning") or None
+    return Message("assistant", _text(found, what, "empty-answer"), reasoning=reasoning)
 
 
 def _alpaca_prompt(record: Mapping[str, Any]) -> str:
     instruction = text_of(_first(record, ("instruction",), needed_by="alpaca"), "instruction") or ""
-    context = text_of(_first(record, ("input", "context")), "input") or ""
-    return _text("\n\n".join(part for part in (instruction, context) if part.strip()), "instruction", "empty-user-turn")
+    inputs = [text_of(_first(record, names), names[0]) for names in _INPUT_COLUMNS]
+    if inputs == [None, None]:
+        prompt = text_of(record.get("prompt"), "prompt") or ""
+        # Some Alpaca data hold the whole row, written out, as prompt.
+        inputs = [] if instruction.strip() and instruction in prompt else [prompt]
+    parts = [part for part in (instruction, *inputs) if part and part.strip()]
+    return _text("\n\n".join(parts), "instruction", "empty-user-turn")
 
 
 def _history(history: object) -> list[tuple[str, str]]:
@@ -403,20 +386,31 @@ def _history(history: object) -> list[tuple[str, str]]:
 
 
 def _from_prompt_completion(record: Mapping[str, Any], origin: Origin) -> Conversation:
-    prompt = _prompt_turns(_first(record, _PROMPT_COLUMNS, needed_by="prompt_completion"))
+    prompt = _prompt_turns(_prompt(record, "prompt_completion"))
     found = _first(record, _COMPLETION_COLUMNS, needed_by="prompt_completion")
-    if is_turns(found):
-        answer = parse_messages(found, "completion")
-    else:
-        reasoning = text_of(record.get("reasoning"), "reasoning") or None
-        answer = [Message("assistant", _text(found, "completion", "empty-answer"), reasoning=reasoning)]
+    answer = _part_of_chat(found, "completion") or [_answer(found, "completion", record)]
     return _conversation([*_unsupervised(prompt), *answer], record, origin)
 
 
+def _prompt(record: Mapping[str, Any], shape: Format) -> Any:
+    if record.get("prompt") is None and record.get("instruction"):
+        raise BadRowError(
+            "unread-column",
+            f"the row has an instruction, which the shape {shape} does not read; allowed: format: alpaca (instruction, "
+            "input, output), or columns: {prompt: <the column with the whole prompt>}",
+        )
+    return _first(record, _PROMPT_COLUMNS, needed_by=shape)
+
+
 def _prompt_turns(found: object) -> list[Message]:
-    if is_turns(found):
-        return parse_messages(found, "prompt")
-    return [Message("user", _text(found, "prompt", "empty-user-turn"))]
+    return _part_of_chat(found, "prompt") or [Message("user", _text(found, "prompt", "empty-user-turn"))]
+
+
+def _part_of_chat(found: object, what: str) -> list[Message] | None:
+    """The turns of a prompt or an answer. A text that holds a whole chat is none: it is a text about that chat."""
+    turns = turns_of(found, what)
+    whole = turns and turns[0].role != "assistant" and turns[-1].role == "assistant"
+    return None if whole and isinstance(found, str) else turns
 
 
 def _unsupervised(prompt: Sequence[Message]) -> list[Message]:
@@ -428,7 +422,7 @@ def _unsupervised(prompt: Sequence[Message]) -> list[Message]:
 
 
 def _from_raw_completion(record: Mapping[str, Any], origin: Origin) -> Completion:
-    prompt = text_of(_first(record, _PROMPT_COLUMNS, needed_by="raw_completion"), "prompt") or ""
+    prompt = text_of(_prompt(record, "raw_completion"), "prompt") or ""
     found = _first(record, _COMPLETION_COLUMNS, needed_by="raw_completion")
     return Completion(prompt, _text(found, "completion", "empty-answer"), origin)
 
@@ -440,18 +434,22 @@ def _from_text(record: Mapping[str, Any], origin: Origin) -> Completion:
 def _from_preference(record: Mapping[str, Any], origin: Origin) -> PreferenceRow:
     for name in ("chosen", "rejected"):
         _first(record, (name,), needed_by="preference")
-    prompt: list[Message] | None = None
-    if record.get("instruction") is not None:
-        prompt = [Message("user", _alpaca_prompt(record))]
-    else:
-        found = _first(record, (*_PROMPT_COLUMNS, *_CHAT_COLUMNS))
-        prompt = None if found is None else _prompt_turns(found)
-    pair = parse_pair(prompt, record["chosen"], record["rejected"])
+    pair = parse_pair(_prompt_of_pair(record), record["chosen"], record["rejected"])
     turns = _with_system(list(pair.prompt), record)
     for answer in (pair.chosen, pair.rejected):
         check_turns([*turns, *answer])
     tools = parse_tools(_first(record, ("tools", "functions")))
     return PreferenceRow(tuple(turns), pair.chosen, pair.rejected, origin, tools, _template_kwargs(record))
+
+
+def _prompt_of_pair(record: Mapping[str, Any]) -> list[Message] | None:
+    if record.get("instruction") is not None:
+        return [Message("user", _alpaca_prompt(record))]
+    found = _first(record, _PROMPT_COLUMNS)
+    if found is not None:
+        return _prompt_turns(found)
+    found = _first(record, CHAT_COLUMNS)
+    return None if found is None else turns_of(found, "messages") or _prompt_turns(found)
 
 
 def _from_unpaired(record: Mapping[str, Any], origin: Origin) -> UnpairedRow:
@@ -461,9 +459,10 @@ def _from_unpaired(record: Mapping[str, Any], origin: Origin) -> UnpairedRow:
 def _judged(record: Mapping[str, Any], origin: Origin, shape: Format | None) -> UnpairedRow:
     """Read a chat of a known or unknown shape, and the label of its last answer."""
     label = _first(record, ("label",), needed_by="unpaired")
-    if not isinstance(label, int) or label not in (0, 1):
+    desirable = _judgement(label)
+    if desirable is None:
         raise BadRowError(
-            "bad-label", f"label is {described(label)}; allowed: true (a good answer) or false (a bad one)"
+            "bad-label", f"label is {described(label)}; allowed: true or 1 (a good answer), false or 0 (a bad one)"
         )
     shape = shape or _chat_shape(record, {key for key, value in record.items() if value is not None})
     if shape is None or shape == "text":
@@ -473,7 +472,7 @@ def _judged(record: Mapping[str, Any], origin: Origin, shape: Format | None) -> 
     chat = _PARSERS[shape](record, origin)
     assert isinstance(chat, Conversation)
     prompt, answer = split_answer(chat.messages)
-    return UnpairedRow(prompt, answer, bool(label), origin, chat.tools, chat.template_kwargs)
+    return UnpairedRow(prompt, answer, desirable, origin, chat.tools, chat.template_kwargs)
 
 
 _PARSERS: Final[dict[Format, Callable[[Mapping[str, Any], Origin], ParsedRow]]] = {

@@ -6,14 +6,17 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
 
-from lightning_qlora.data.json_values import BadRowError, described
-from lightning_qlora.data.messages import is_turns, parse_message, parse_messages, text_of
+from lightning_qlora.data.json_values import BadRowError, decode_json, described
+from lightning_qlora.data.messages import ROLE_NAMES, is_turns, parse_message, parse_messages, text_of
 from lightning_qlora.schema import Message
 
-__all__ = ["Pair", "parse_pair", "split_answer"]
+__all__ = ["Pair", "parse_pair", "split_answer", "turns_of"]
 
 _TRANSCRIPT_TURN: Final = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")
 """The turns of a written-out dialogue, the shape of the Anthropic HH-RLHF data."""
+
+_TURN_KEYS: Final = ({"role", "content"}, {"role", "tool_calls"}, {"from", "value"})
+"""What an object has to have to be a turn rather than any other."""
 
 
 class Pair(NamedTuple):
@@ -29,8 +32,8 @@ def parse_pair(prompt: Sequence[Message] | None, chosen: object, rejected: objec
 
     Args:
         prompt: The explicit prompt, or ``None`` where it is implicit.
-        chosen: A text, a message, a list of messages, or a written-out dialogue: the answer alone, or the
-            whole conversation.
+        chosen: A text, a message, a list of messages (also as JSON text), or a written-out dialogue: the answer
+            alone, or the whole conversation.
         rejected: The same for the answer that lost.
 
     Raises:
@@ -69,11 +72,42 @@ def split_answer(messages: Sequence[Message]) -> tuple[tuple[Message, ...], tupl
     return tuple(messages[:asked]), tuple(messages[asked:])
 
 
+def turns_of(found: object, name: str) -> list[Message] | None:
+    """The turns of a list of messages, or of the list as JSON text (as CSV files hold it); ``None`` for other values.
+
+    Args:
+        found: What stands where a text or turns may stand.
+        name: Its name for error messages.
+
+    Raises:
+        BadRowError: One of the verdicts on messages.
+    """
+    turns = _written_turns(found) if isinstance(found, str) else found
+    return parse_messages(turns, name) if is_turns(turns) else None
+
+
+def _written_turns(text: str) -> object:
+    """The list of turns that a text holds as JSON; ``None`` for a text that means itself, be it JSON of another kind.
+
+    Answers such as ``[{"name": "Ann", "role": "CEO"}]`` are texts to learn: a turn has a speaker and says something.
+    """
+    if not text.lstrip().startswith("["):
+        return None
+    try:
+        found = decode_json(text)
+    except BadRowError:
+        return None
+    said = all(isinstance(turn, Mapping) and any(turn.keys() >= keys for keys in _TURN_KEYS) for turn in found)
+    known = said and any(str(turn.get("role", turn.get("from"))).strip().lower() in ROLE_NAMES for turn in found)
+    return found if known else None
+
+
 def _side(found: object, name: str, may_be_transcript: bool) -> list[Message]:
     if isinstance(found, Mapping):
         return [parse_message(found, name)]
-    if is_turns(found):
-        return parse_messages(found, name)
+    turns = turns_of(found, name)
+    if turns is not None:
+        return turns
     text = text_of(found, name)
     if text is None or not text.strip():
         raise BadRowError("empty-answer", f"{name} is {described(found)}; allowed: text, a message, a list of messages")

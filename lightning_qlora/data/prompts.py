@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lightning_qlora.data.json_values import BadRowError, decode_json
+from lightning_qlora.data.json_values import BadRowError, decode_json, described
 from lightning_qlora.data.messages import parse_messages, parse_tools
 from lightning_qlora.schema import Message, Origin
 
@@ -59,8 +59,12 @@ def read_prompts(path: str | Path) -> list[Prompt]:
 
 def _read_prompt(line: bytes, origin: Origin) -> Prompt:
     row = decode_json(line.decode("utf-8-sig"))
-    if not isinstance(row, dict) or ("prompt" in row) == ("messages" in row):
-        raise BadRowError("unknown-shape", "allowed: an object with either 'prompt' (a text) or 'messages' (a list)")
+    if not isinstance(row, dict) or (row.get("prompt") is None) == (row.get("messages") is None):
+        raise BadRowError(
+            "unknown-shape",
+            f"the line is {described(row)}; allowed: an object with either 'prompt' (a text) or 'messages' (a list), "
+            "and the other absent or null",
+        )
     found = row.get("messages")
     if found is None:
         turns = [("system", row.get("system")), ("user", row["prompt"])]

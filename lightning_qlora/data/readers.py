@@ -26,7 +26,17 @@ from typing_extensions import override
 from lightning_qlora.data.json_values import STRICT_DECODER, BadRowError
 from lightning_qlora.schema import Origin, RowRefused
 
-__all__ = ["BOM", "LIST_KEYS", "Entry", "Selection", "open_bytes", "read_json", "read_json_lines"]
+__all__ = [
+    "BOM",
+    "COMPRESSED",
+    "LIST_KEYS",
+    "Entry",
+    "Selection",
+    "compression_of",
+    "open_bytes",
+    "read_json",
+    "read_json_lines",
+]
 
 Entry: TypeAlias = tuple[Origin, Any] | None
 """A row as it was read, the verdict on it, or its line, with its place; ``None`` for a row that is not wanted."""
@@ -35,6 +45,8 @@ BOM: Final = b"\xef\xbb\xbf"
 LIST_KEYS: Final = ("data", "rows", "examples", "records")
 """Where a JSON object that wraps the list of rows keeps it."""
 
+COMPRESSED: Final = (".gz", ".zst")
+"""The suffixes of compressed files."""
 
 _PACKED_BYTES: Final = 512
 """Bytes of a zstandard frame that are unpacked at a time; repetitive text grows a thousandfold."""
@@ -58,6 +70,12 @@ class Selection(NamedTuple):
         return position >= self.skip and position % self.num_shards == self.shard
 
 
+def compression_of(path: Path) -> str:
+    """The suffix of a compressed file, in small letters; empty for other files."""
+    suffix = path.suffix.lower()
+    return suffix if suffix in COMPRESSED else ""
+
+
 @contextmanager
 def open_bytes(path: Path) -> Iterator[IO[bytes]]:
     """Open a file for reading, decompressing ``.gz`` and ``.zst``.
@@ -68,9 +86,10 @@ def open_bytes(path: Path) -> Iterator[IO[bytes]]:
     damage: tuple[type[Exception], ...] = (EOFError, gzip.BadGzipFile, zlib.error)
     with path.open("rb") as raw, ExitStack() as opened:
         stream: IO[bytes] = raw
-        if path.suffix == ".gz":
+        compression = compression_of(path)
+        if compression == ".gz":
             stream = cast(IO[bytes], opened.enter_context(gzip.open(raw)))
-        elif path.suffix == ".zst":
+        elif compression == ".zst":
             zstandard = _zstandard(path)
             damage = (EOFError, zstandard.ZstdError)
             stream = opened.enter_context(io.BufferedReader(_Frames(raw, zstandard.ZstdDecompressor())))

@@ -15,12 +15,14 @@ from lightning_qlora.data.content_marks import (
     Source,
     Span,
     TemplateFields,
+    TooManyStringsError,
     holds_marker,
     template_messages,
     template_tools,
     template_variables,
 )
 from lightning_qlora.data.control_tokens import ControlTokens, Match
+from lightning_qlora.data.prompt_proof import PromptProof, prove_prompt
 from lightning_qlora.data.template_environment import compile_template
 from lightning_qlora.schema import ROLES, Message, Origin, RowRefused
 
@@ -64,14 +66,14 @@ class Rendered(NamedTuple):
     starts: list[int]
     controls: list[Match]
 
-    @property
-    def spans(self) -> list[Span]:
-        """Where the row's strings stand in the text, in order."""
-        gaps, marks = self.skeleton.gaps, self.skeleton.marks
-        return [
-            Span(start + len(gap), end, mark)
-            for start, gap, end, mark in zip(self.starts[:-1], gaps[:-1], self.starts[1:], marks, strict=True)
-        ]
+    def span(self, number: int) -> Span:
+        """Where the row's string stands that is the ``number``-th of the text."""
+        start = self.starts[number] + len(self.skeleton.gaps[number])
+        return Span(start, self.starts[number + 1], self.skeleton.marks[number])
+
+    def content_before(self, end: int) -> int:
+        """How many spans there are up to the last of the first ``end`` that is more than a name."""
+        return next((number + 1 for number in reversed(range(end)) if self.kind(number) != "label"), 0)
 
     def owner(self, span: int) -> int:
         """The index of the message that span number ``span`` belongs to."""
@@ -124,6 +126,7 @@ class Skeleton(NamedTuple):
         controls: The control tokens in each gap.
         marks: Which of the row's strings stands behind each gap but the last.
         sources: Where the strings come from.
+        owned: The numbers of the gaps before each message's strings, by the index of the message.
         answers: The turns that were found in it so far, by the index of their message.
     """
 
@@ -131,6 +134,7 @@ class Skeleton(NamedTuple):
     controls: list[tuple[Match, ...]]
     marks: list[int]
     sources: list[Source]
+    owned: dict[int, list[int]]
     answers: dict[int, Answer]
 
     def fill(self, words: Sequence[str]) -> Rendered:
@@ -160,6 +164,7 @@ class Renderer:
         fields: How the template wants to be handed messages.
         modes: The variables of the generation prompts that the template may be asked for: as it comes, and without
             thinking if it knows that switch and the run leaves it open.
+        proofs: What is proven of the prompts, for chats without and with tools.
     """
 
     def __init__(
@@ -169,6 +174,7 @@ class Renderer:
         self._control_tokens = control_tokens
         self._variables = {**tokenizer.special_tokens_map, **variables}
         self._templates: dict[bool, jinja2.Template] = {}
+        self.proofs: dict[bool, PromptProof] = {}
         self._skeletons: dict[tuple[Any, ...], Skeleton] = {}
         self.modes: tuple[dict[str, Any], ...] = ({},)
         self.fields = TemplateFields()
@@ -176,6 +182,7 @@ class Renderer:
             for has_tools in (False, True):
                 source = tokenizer.get_chat_template(None, tools=[{}] if has_tools else None)
                 self._templates[has_tools] = compile_template(source)
+                self.proofs[has_tools] = prove_prompt(source)
             keys = ("thinking", "reasoning")
             named = tuple(key for key in keys if f".{key}" in source or f"'{key}'" in source or f'"{key}"' in source)
             self.fields = TemplateFields(("reasoning_content", *named))
@@ -192,6 +199,7 @@ class Renderer:
 
         Raises:
             RowRefused: ``template-error`` when it raises, ``no-chat-template`` when there is none.
+            TooManyStringsError: There are not enough marks.
         """
         if not self._templates:
             raise RowRefused(
@@ -202,11 +210,14 @@ class Renderer:
             )
         try:
             return self._templates[bool(dialogue.tools)].render(
-                messages=template_messages(dialogue.messages, self.fields, marks),
-                tools=template_tools(dialogue.tools, marks),
-                documents=None,
-                add_generation_prompt=for_generation,
-                **{**self._variables, **template_variables(dialogue.variables, marks)},
+                {
+                    "documents": None,
+                    **self._variables,
+                    **template_variables(dialogue.variables, marks),
+                    "messages": template_messages(dialogue.messages, self.fields, marks),
+                    "tools": template_tools(dialogue.tools, marks),
+                    "add_generation_prompt": for_generation,
+                }
             )
         except TEMPLATE_ERRORS as error:
             raise RowRefused("template-error", f"The chat template raised: {error}", dialogue.origin) from error
@@ -233,6 +244,8 @@ class Renderer:
                 found = marks.find(self.write(dialogue, for_generation=for_generation, marks=marks))
             except RowRefused:
                 continue  # the template objects to the marks, not to the row
+            except TooManyStringsError as error:
+                raise RowRefused("too-many-strings", str(error), dialogue.origin) from error
             if found is not None and found[0] == text and all(name in text for name in marks.spared):
                 skeleton = self._skeleton(text, found[1], marks.sources)
                 filled = skeleton.fill([text[span.start : span.end] for span in found[1]])
@@ -249,7 +262,11 @@ class Renderer:
         starts, ends = [0, *(span.end for span in spans)], [*(span.start for span in spans), len(text)]
         gaps = [text[start:end] for start, end in zip(starts, ends, strict=True)]
         controls = [self._control_tokens.matches(gap) for gap in gaps]
-        return Skeleton(gaps, controls, [span.mark for span in spans], sources, {})
+        marks = [span.mark for span in spans]
+        owned: dict[int, list[int]] = {}
+        for number, mark in enumerate(marks):
+            owned.setdefault(sources[mark].owner, []).append(number)
+        return Skeleton(gaps, controls, marks, sources, owned, {})
 
     def _remember(self, key: tuple[Any, ...], skeleton: Skeleton) -> None:
         if len(self._skeletons) >= MAX_SKELETONS:

@@ -145,6 +145,15 @@ class SourceReport:
         self.num_supervised_tokens += sum(count for _, count in supervised)
         self.answers.add(supervised)
 
+    def invalid_rows(self, overlong: str) -> int:
+        """Return the refused rows, except those that the user asked to be refused for their length.
+
+        Args:
+            overlong: The policy for longer rows.
+        """
+        asked = self.truncation.get("too-long", 0) if overlong == "drop_row" else 0
+        return sum(self.refused.values()) - asked
+
     def merge(self, other: SourceReport) -> None:
         """Add the counts of some more rows of this source."""
         for refusal in other.examples:
@@ -238,8 +247,7 @@ class PreparationReport:
 
     def invalid_rows(self) -> int:
         """Return the refused rows, except those that the user asked to be refused for their length."""
-        asked = self.truncation["too-long"] if self.overlong == "drop_row" else 0
-        return sum(self.refused.values()) - asked
+        return sum(source.invalid_rows(self.overlong) for source in self.sources)
 
     def describe_lengths(self, lengths: npt.NDArray[np.int64]) -> None:
         """Fill in the percentiles."""

@@ -67,12 +67,31 @@ class TrainingPosition:
         started = count_batches(trainer).started
         if resume != (epoch, started):
             raise MisconfigurationException(
-                f"The checkpoint was saved before batch {resume[1]} of epoch {resume[0]}, and Lightning goes on with "
-                f"batch {started} of epoch {epoch}: rows would be lost or repeated. Call "
-                "lightning_qlora.checkpoints.loop_state.repair_loops(checkpoint) in your module's on_load_checkpoint, "
-                "as SFTModule does."
+                f"The checkpoint was saved before batch {resume[1]} of epoch {resume[0]}, and "
+                f"{_what_happens_instead(trainer, resume, (epoch, started))}"
             )
         return resume[1]
+
+
+def _what_happens_instead(trainer: L.Trainer, resume: tuple[int, int], here: tuple[int, int]) -> str:
+    """Say why Lightning does not go on where a checkpoint was saved, and what to do about it."""
+    if resume[1] >= trainer.num_training_batches:
+        return (
+            f"an epoch of this run has only {trainer.num_training_batches} batches. Give back limit_train_batches, "
+            "overfit_batches or fast_dev_run as they were then, or resume from a checkpoint of the end of an epoch."
+        )
+    if trainer.overfit_batches:  # type: ignore[attr-defined]
+        return "overfit_batches trains on other batches. Resume without it, or begin with it without ckpt_path."
+    if here == (0, 0):
+        return (
+            "training begins before that is restored, as LearningRateFinder and BatchSizeFinder begin it. Resume "
+            "without them; the rate and the batches are the checkpoint's in any case."
+        )
+    return (
+        f"Lightning goes on with batch {here[1]} of epoch {here[0]}: rows would be lost or repeated. Call "
+        "lightning_qlora.checkpoints.loop_state.repair_loops(checkpoint) in your module's on_load_checkpoint, as "
+        "SFTModule does."
+    )
 
 
 def check_identity(saved: dict[str, Any], here: dict[str, Any]) -> None:

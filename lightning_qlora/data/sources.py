@@ -17,19 +17,28 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Final, TypeAlias, get_args
 
-import pyarrow.parquet as pq
-
-from lightning_qlora.data.formats import FORMATS, Format, ParsedRow, Task, check_columns
+from lightning_qlora.data.columns import check_columns
+from lightning_qlora.data.formats import FORMATS, Format, ParsedRow, Task
 from lightning_qlora.data.lines import JsonLine, ReadRow, RowParser, decode_line
-from lightning_qlora.data.readers import Entry, Selection, open_bytes, read_json, read_json_lines
+from lightning_qlora.data.readers import (
+    COMPRESSED,
+    Entry,
+    Selection,
+    compression_of,
+    open_bytes,
+    read_json,
+    read_json_lines,
+)
 from lightning_qlora.data.tables import (
-    arrow_batches,
+    count_arrow,
+    count_parquet,
     dataset_builder,
     open_dataset,
     read_arrow,
     read_csv,
     read_dataset,
     read_parquet,
+    read_tsv,
 )
 from lightning_qlora.schema import Origin, RowRefused
 
@@ -50,14 +59,13 @@ _READERS: Final[dict[str, Callable[[Path, str, Selection, int], Iterator[Entry]]
     ".ndjson": read_json_lines,
     ".json": read_json,
     ".csv": read_csv,
-    ".tsv": read_csv,
+    ".tsv": read_tsv,
     ".parquet": read_parquet,
     ".arrow": read_arrow,
     ".feather": read_arrow,
 }
-_COMPRESSED: Final = (".gz", ".zst")
 _COMPRESSIBLE: Final = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
-_SUFFIXES: Final = f"{', '.join(_READERS)} ({', '.join(_COMPRESSIBLE)} also with {' or '.join(_COMPRESSED)})"
+_SUFFIXES: Final = f"{', '.join(_READERS)} ({', '.join(_COMPRESSIBLE)} also with {' or '.join(COMPRESSED)})"
 _NO_ROWS: Final = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
 """Files that the datasets library writes beside the rows."""
 
@@ -81,7 +89,8 @@ class DataSource:
         split: The split of a dataset id or of a saved dataset; train unless given.
         subset: The configuration of a dataset id.
         revision: The branch, tag or commit of a dataset id; a commit makes the run repeatable.
-        weight: How often each row is used in an epoch: 2 uses every row twice, 0.5 a seeded half of the rows.
+        weight: How often each row is used in an epoch, or a pass of validation or test: 2 uses every row twice, 0.5 a
+            seeded half of the rows.
         max_rows: Read only the first so many rows.
         streaming: Read a dataset id over the network while training instead of downloading it first. Files are
             streamed in any case.
@@ -233,10 +242,11 @@ def _dataset(source: DataSource) -> Any:
 
 def _kind(file: Path) -> str:
     """The suffix that tells the reader of a file; empty if there is none."""
-    suffixes = [suffix.lower() for suffix in file.suffixes]
-    if suffixes and suffixes[-1] in _COMPRESSED:
-        return suffixes[-2] if len(suffixes) > 1 and suffixes[-2] in _COMPRESSIBLE else ""
-    return suffixes[-1] if suffixes and suffixes[-1] in _READERS else ""
+    if compression_of(file):
+        suffix = Path(file.stem).suffix.lower()
+        return suffix if suffix in _COMPRESSIBLE else ""
+    suffix = file.suffix.lower()
+    return suffix if suffix in _READERS else ""
 
 
 def files_of(source: DataSource) -> list[Path] | None:
@@ -293,7 +303,7 @@ def _may_be_dataset_id(path: str) -> bool:
     return (
         _DATASET_ID.fullmatch(path) is not None
         and not _kind(Path(path))
-        and Path(path).suffix not in _COMPRESSED
+        and not compression_of(Path(path))
         and not (name and Path(owner).is_dir() and owner not in ("", "."))
         and owner not in (".", "..")
     )
@@ -362,12 +372,13 @@ def estimated_rows(source: str | DataSource) -> int:
 def _estimated_file_rows(file: Path) -> int:
     kind = _kind(file)
     if kind == ".parquet":
-        return int(pq.read_metadata(file).num_rows)
+        return count_parquet(file, str(file))
     if kind in (".arrow", ".feather"):
-        return sum(batch.num_rows for batch in arrow_batches(file))
+        return count_arrow(file, str(file))
     if kind == ".json":
         return sum(1 for _ in read_json(file, str(file), Selection()))
     with open_bytes(file) as stream:
-        sample = stream.read(_SAMPLE_BYTES)
-    size = file.stat().st_size * (4 if file.suffix in _COMPRESSED else 1)  # text shrinks to about a quarter
-    return max(1, round(sample.count(b"\n") * size / max(1, len(sample))))
+        sample = stream.read(_SAMPLE_BYTES) + stream.readline()  # whole lines, however long
+    size = file.stat().st_size * (4 if compression_of(file) else 1)  # text shrinks to about a quarter
+    lines = sample.count(b"\n") + (not sample.endswith(b"\n"))
+    return max(1, round(lines * size / max(1, len(sample))))

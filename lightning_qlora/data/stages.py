@@ -37,6 +37,9 @@ class StageRows(NamedTuple):
 class PreparedStages:
     """Prepares the sources of a run, each once, and deals their rows out to the stages.
 
+    The weight of a source holds in every stage: of 0.2, a seeded fifth of its rows is validated on. Rows that
+    ``validation_fraction`` holds out are used once each, whatever the weight of their source.
+
     Args:
         sources: What each stage reads; ``None`` for nothing.
         encoder: Returns how a row becomes tokens.
@@ -78,18 +81,14 @@ class PreparedStages:
             return
         prepared = self.prepare(stage)
         first = prepared.documents.row_offsets[:-1]
-        everything = np.arange(len(first))
-        if stage != "train":
-            self._rows[stage] = StageRows(prepared, everything)
-            return
-        rows = weigh_rows(prepared.documents.parts[first], self.weights, seed=self.seed)
-        if self.validation_fraction:
+        rows = weigh_rows(prepared.documents.parts[first], self._weights_of(stage), seed=self.seed)
+        if stage == "train" and self.validation_fraction:
             held_out = hold_out(prepared.documents.digests[first], self.validation_fraction, seed=self.seed)
-            self._rows["validation"] = StageRows(prepared, everything[held_out])
+            self._rows["validation"] = StageRows(prepared, np.flatnonzero(held_out))
             rows = rows[~held_out[rows]]
         if not len(rows):
-            raise ValueError("The weights of the training sources leave no row to train on. Raise them.")
-        self._rows["train"] = StageRows(prepared, rows)
+            raise ValueError(f"The weights of the {stage} sources leave no row. Raise them.")
+        self._rows[stage] = StageRows(prepared, rows)
 
     def __contains__(self, stage: Stage) -> bool:
         return stage in self._rows
@@ -101,8 +100,11 @@ class PreparedStages:
     @property
     def weights(self) -> list[float]:
         """How often a row of each training source is used in an epoch."""
-        train = self.sources["train"]
-        return [] if train is None else [source.weight for source in as_sources(train)]
+        return self._weights_of("train")
+
+    def _weights_of(self, stage: Stage) -> list[float]:
+        sources = self.sources[stage]
+        return [] if sources is None else [source.weight for source in as_sources(sources)]
 
     @property
     def reports(self) -> dict[str, PreparationReport]:

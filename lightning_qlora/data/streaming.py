@@ -16,11 +16,12 @@ from typing_extensions import override
 
 from lightning_qlora.data.batching import Batching
 from lightning_qlora.data.collators import Document
-from lightning_qlora.data.encoding import RowEncoder
+from lightning_qlora.data.encoding import RowEncoder, digest
 from lightning_qlora.data.mixing import MixedRows, ShuffleBuffer
 from lightning_qlora.data.preparation import CHUNK_ROWS
 from lightning_qlora.data.report import SourceReport
 from lightning_qlora.data.sources import Sources
+from lightning_qlora.data.truncation import OverlongPolicy
 from lightning_qlora.schema import Origin, RowRefused, SFTBatch
 
 __all__ = ["StreamItem", "StreamingBatches", "StreamingLoader"]
@@ -39,13 +40,73 @@ class StreamItem(NamedTuple):
         batch: The batch.
         state: Where its shard stands after it.
         origins: The places of its rows, in the order of ``row_ids``.
-        report: The rows that were tokenised for this and the batches after it; ``None`` if they were counted already.
+        report: The rows that the shard read since the batch before this one; ``None`` if it read none.
     """
 
     batch: SFTBatch
     state: dict[str, Any]
     origins: list[Origin]
     report: SourceReport | None
+
+
+class _Share(NamedTuple):
+    """The part of the rows that a worker reads.
+
+    Attributes:
+        own: Its number among those of its rank.
+        number: Its number among those of all ranks.
+        total: How many there are.
+    """
+
+    own: int
+    number: int
+    total: int
+
+
+class _Tally:
+    """Counts and judges the rows of a share as they are read, and hands the counts on to the main process.
+
+    They travel with batches. A window whose rows are all refused has none, so its counts wait for the next batch.
+
+    Args:
+        max_invalid_fraction: Largest share of refused rows.
+        overlong: What happens to longer rows: those that the user asked to be refused are not held against the data.
+
+    Attributes:
+        counts: All rows so far.
+    """
+
+    def __init__(self, max_invalid_fraction: float, overlong: OverlongPolicy) -> None:
+        self.max_invalid_fraction = max_invalid_fraction
+        self.overlong = overlong
+        self.counts = SourceReport("stream")
+        self._waiting = SourceReport("stream")
+
+    def add(self, report: SourceReport) -> None:
+        """Count some more rows.
+
+        Raises:
+            ValueError: If too many cannot be used.
+        """
+        self.counts.merge(report)
+        self._waiting.merge(report)
+        invalid, read = self.counts.invalid_rows(self.overlong), self.counts.rows_read
+        if read >= ROWS_BEFORE_JUDGING and invalid > self.max_invalid_fraction * read:
+            raise ValueError(
+                f"{invalid} of the first {read} rows of this share of the stream cannot be used, more than the "
+                f"allowed {self.max_invalid_fraction:.1%}:\n{self.table()}\nCorrect the rows, or raise "
+                "max_invalid_fraction."
+            )
+
+    def take(self) -> SourceReport | None:
+        """Return the counts since the last call; ``None`` if no row was read."""
+        waiting, self._waiting = self._waiting, SourceReport("stream")
+        return waiting if waiting.rows_read else None
+
+    def table(self) -> str:
+        """Return the refused rows by reason, with examples, as text."""
+        lines = [f"  {count:>8}  {reason}" for reason, count in self.counts.refused.items()]
+        return "\n".join([*lines, *(f"  {e['place']}: {e['detail']}" for e in self.counts.examples)])
 
 
 @dataclass
@@ -86,25 +147,21 @@ class StreamingBatches(IterableDataset[StreamItem]):
         num_workers, worker = (info.num_workers, info.id) if info else (1, 0)
         # torch asks worker 0 first; after a resume, the first turn is that of the worker whose batch comes next.
         own = (worker + self.turn) % num_workers
-        shard = self.rank * num_workers + own
+        share = _Share(own, self.rank * num_workers + own, self.world_size * num_workers)
         state = self.states.get(own)
-        counts = SourceReport("stream")
+        tally = _Tally(self.max_invalid_fraction, self.encoder.overlong)
         epoch, start = (state["epoch"], state) if state else (0, None)
         for current in itertools.count(epoch):
             given = False
-            for item in self._epoch(current, own, shard, self.world_size * num_workers, start):
+            for item in self._epoch(current, share, start, tally):
                 given = True
-                if item.report is not None:
-                    self._judge(counts, item.report)
                 yield item
             if not given and start is None:
-                raise ValueError(f"A whole pass over the data gave no usable row:\n{_table(counts)}")
+                raise ValueError(_say_nothing_usable(share, tally))
             start = None
 
-    def _epoch(
-        self, epoch: int, own: int, shard: int, num_shards: int, start: dict[str, Any] | None
-    ) -> Iterator[StreamItem]:
-        mixed = MixedRows(self.sources, seed=self.seed, shard=shard, num_shards=num_shards)
+    def _epoch(self, epoch: int, share: _Share, start: dict[str, Any] | None, tally: _Tally) -> Iterator[StreamItem]:
+        mixed = MixedRows(self.sources, seed=self.seed, shard=share.number, num_shards=share.total)
         rows = ShuffleBuffer(mixed, self.shuffle_buffer, seed=self.seed + epoch)
         done = 0
         if start is not None:
@@ -116,15 +173,15 @@ class StreamingBatches(IterableDataset[StreamItem]):
             if not drawn:
                 return
             documents, origins, report = self._encode(drawn)
-            for number, indices in enumerate(self._plan(documents, [epoch, shard, before["block"]])):
+            tally.add(report)
+            for number, indices in enumerate(self._plan(documents, [epoch, share.number, before["block"]])):
                 if window == 0 and number < done:
                     continue
-                state = {"shard": own, "epoch": epoch, "rows": before, "batches_done": number + 1}
+                state = {"shard": share.own, "epoch": epoch, "rows": before, "batches_done": number + 1}
                 batch = self.batching.collate([documents[i] for i in indices])
-                yield StreamItem(batch, state, [origins[i] for i in indices], report)
-                report = None
+                yield StreamItem(batch, state, [origins[i] for i in indices], tally.take())
 
-    def _encode(self, drawn: list[Any]) -> tuple[list[Document], list[Origin], SourceReport | None]:
+    def _encode(self, drawn: list[Any]) -> tuple[list[Document], list[Origin], SourceReport]:
         report = SourceReport("stream")
         usable = []
         for row in drawn:
@@ -139,7 +196,7 @@ class StreamingBatches(IterableDataset[StreamItem]):
             documents += chunk.documents
             origins += chunk.origins
             report.merge(chunk.report)
-        numbered = [document._replace(row_id=origin.line) for document, origin in zip(documents, origins, strict=True)]
+        numbered = [d._replace(row_id=_row_id(origin)) for d, origin in zip(documents, origins, strict=True)]
         return numbered, origins, report
 
     def _plan(self, documents: list[Document], key: list[int]) -> list[list[int]]:
@@ -149,20 +206,23 @@ class StreamingBatches(IterableDataset[StreamItem]):
         order = np.random.default_rng([seed, 7]).permutation(len(plan))
         return [plan[int(i)].tolist() for i in order]
 
-    def _judge(self, counts: SourceReport, more: SourceReport) -> None:
-        counts.merge(more)
-        refused = sum(counts.refused.values())
-        if counts.rows_read >= ROWS_BEFORE_JUDGING and refused > self.max_invalid_fraction * counts.rows_read:
-            raise ValueError(
-                f"{refused} of the first {counts.rows_read} rows of this share of the stream cannot be used, more than "
-                f"the allowed {self.max_invalid_fraction:.1%}:\n{_table(counts)}\nCorrect the rows, or raise "
-                "max_invalid_fraction."
-            )
+
+def _row_id(origin: Origin) -> int:
+    """Return 63 bits of a hash of a row's place: the same in every worker, epoch and run, where lines alone repeat."""
+    return int(digest(*origin)[:16], 16) >> 1
 
 
-def _table(counts: SourceReport) -> str:
-    lines = [f"  {count:>8}  {reason}" for reason, count in counts.refused.items()]
-    return "\n".join([*lines, *(f"  {e['place']}: {e['detail']}" for e in counts.examples)])
+def _say_nothing_usable(share: _Share, tally: _Tally) -> str:
+    if tally.counts.rows_read:
+        what = "the data" if share.total == 1 else f"share {share.number + 1} of {share.total} of the data"
+        return f"A whole pass over {what} gave no usable row:\n{tally.table()}"
+    if share.total == 1:
+        return "The weights of the train sources leave no row. Raise them."
+    return (
+        f"Share {share.number + 1} of {share.total} of the data got no row: every worker of every process reads a "
+        "share of its own, and no source has rows enough for all. Lower num_workers or the number of processes, give "
+        "more rows, or raise a weight below 1."
+    )
 
 
 class StreamingLoader(DataLoader[Any]):

@@ -24,7 +24,17 @@ from lightning_qlora.data.json_values import MAX_DEPTH
 from lightning_qlora.data.readers import Entry, Selection, open_bytes
 from lightning_qlora.schema import Origin, RowRefused
 
-__all__ = ["arrow_batches", "dataset_builder", "open_dataset", "read_arrow", "read_csv", "read_dataset", "read_parquet"]
+__all__ = [
+    "count_arrow",
+    "count_parquet",
+    "dataset_builder",
+    "open_dataset",
+    "read_arrow",
+    "read_csv",
+    "read_dataset",
+    "read_parquet",
+    "read_tsv",
+]
 
 BATCH_ROWS: Final = 512
 """Rows that are Python objects at a time."""
@@ -64,8 +74,8 @@ class _Lines:
         self._again.extend(reversed(self._taken[1:]))
 
 
-def read_csv(path: Path, name: str, selection: Selection, first: int = 0) -> Iterator[Entry]:
-    """Comma- or (``.tsv``) tab-separated text with a header line; fields may hold line breaks in quotes.
+def read_csv(path: Path, name: str, selection: Selection, first: int = 0, *, delimiter: str = ",") -> Iterator[Entry]:
+    """Comma-separated text with a header line; fields may hold line breaks in quotes.
 
     A record with broken quotes costs its first line; reading goes on at the next.
 
@@ -74,6 +84,7 @@ def read_csv(path: Path, name: str, selection: Selection, first: int = 0) -> Ite
         name: Its name in origins.
         selection: The rows that are wanted.
         first: The position of the file's first row within the source.
+        delimiter: What separates the fields.
 
     Raises:
         ValueError: The header is unusable.
@@ -82,7 +93,7 @@ def read_csv(path: Path, name: str, selection: Selection, first: int = 0) -> Ite
     with open_bytes(path) as stream:
         text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
         lines = _Lines(text)
-        reader = csv.reader(lines, delimiter="\t" if ".tsv" in path.suffixes else ",", strict=True)
+        reader = csv.reader(lines, delimiter=delimiter, strict=True)
         header = _csv_header(reader, name)
         position = first
         while True:
@@ -100,6 +111,11 @@ def read_csv(path: Path, name: str, selection: Selection, first: int = 0) -> Ite
                 row = _csv_row(header, values, origin)
             yield (origin, row) if selection.wants(position) else None
             position += 1
+
+
+def read_tsv(path: Path, name: str, selection: Selection, first: int = 0) -> Iterator[Entry]:
+    """Tab-separated text; else as :func:`read_csv`."""
+    return read_csv(path, name, selection, first, delimiter="\t")
 
 
 def _csv_header(reader: Iterator[list[str]], name: str) -> list[str]:
@@ -152,7 +168,7 @@ def read_arrow(path: Path, name: str, selection: Selection, first: int = 0) -> I
     """
     row = 0
     with _arrow_errors(name):
-        for whole in arrow_batches(path):
+        for whole in _arrow_batches(path):
             if first + row + whole.num_rows <= selection.skip:
                 yield from itertools.repeat(None, whole.num_rows)
                 row += whole.num_rows
@@ -163,7 +179,27 @@ def read_arrow(path: Path, name: str, selection: Selection, first: int = 0) -> I
                 row += batch.num_rows
 
 
-def arrow_batches(path: Path) -> Iterator[pa.RecordBatch]:
+def count_parquet(path: Path, name: str) -> int:
+    """The number of rows of a Parquet file, of which its metadata alone is read.
+
+    Raises:
+        ValueError: It is not Parquet, or damaged.
+    """
+    with _arrow_errors(name):
+        return int(pq.read_metadata(path).num_rows)
+
+
+def count_arrow(path: Path, name: str) -> int:
+    """The number of rows of an Arrow file or stream.
+
+    Raises:
+        ValueError: It is neither, or damaged.
+    """
+    with _arrow_errors(name):
+        return sum(batch.num_rows for batch in _arrow_batches(path))
+
+
+def _arrow_batches(path: Path) -> Iterator[pa.RecordBatch]:
     """The record batches of an Arrow file, or of an Arrow stream as the datasets library writes it."""
     with pa.memory_map(str(path)) as mapped:
         try:
@@ -237,7 +273,7 @@ def open_dataset(
     Args:
         path: The folder, or the id.
         saved: Whether it is a folder.
-        split: Which split; ``train`` unless given.
+        split: Which split; ``train`` unless given, or the one that is all of the folder.
         subset: Which configuration of an id.
         revision: Which branch, tag or commit of an id.
         streaming: Whether an id is read over the network while it is used, instead of downloaded first.
@@ -251,14 +287,25 @@ def open_dataset(
     import datasets  # seconds to import, and most runs read files
 
     if saved:
-        data = datasets.load_from_disk(path)
-        if not isinstance(data, datasets.DatasetDict):
-            return data
+        if subset is not None or revision is not None:
+            raise ValueError(
+                f"{path} is a folder written by save_to_disk; found subset {subset!r} and revision {revision!r}, which "
+                "belong to dataset ids. Leave them out, or write the id in place of the folder."
+            )
+        return _split_of(datasets.load_from_disk(path), path, split)
+    with _hub_errors(path, f"split {split or 'train'!r} and subset {subset!r}"):
+        return datasets.load_dataset(path, name=subset, split=split or "train", revision=revision, streaming=streaming)
+
+
+def _split_of(data: Any, path: str, split: str | None) -> Any:
+    """The wanted split of a saved ``DatasetDict``, or a saved ``Dataset`` that is not known to be another split."""
+    if isinstance(data, dict):
         if (split or "train") not in data:
             raise ValueError(f"{path} has no split {split or 'train'!r}. Allowed for split: {', '.join(data)}.")
         return data[split or "train"]
-    with _hub_errors(path, f"split {split or 'train'!r} and subset {subset!r}"):
-        return datasets.load_dataset(path, name=subset, split=split or "train", revision=revision, streaming=streaming)
+    if split is not None and data.split is not None and str(data.split) != split:
+        raise ValueError(f"{path} has no split {split!r}. Allowed for split: {data.split}, or leave it out.")
+    return data
 
 
 def dataset_builder(path: str, *, subset: str | None, revision: str | None) -> Any:

@@ -132,7 +132,8 @@ def _shorten(encoder: Encoder, row: Row, encoded: TokenizedRow, max_length: int,
             lambda candidate: len(candidate.input_ids) <= max_length,
         )
         if shortened is not None:
-            return Shortened(shortened, "turns-dropped", full_length)
+            result = _unusable(shortened, full_length, max_length) if isinstance(shortened, RowRefused) else shortened
+            return Shortened(result, "turns-dropped", full_length)
     what = (
         "its last exchange alone is" if overlong == "drop_oldest_turns" and isinstance(row, Conversation) else "it is"
     )
@@ -141,6 +142,17 @@ def _shorten(encoder: Encoder, row: Row, encoded: TokenizedRow, max_length: int,
         "overlong: keep_start or keep_end to cut tokens."
     )
     return Shortened(RowRefused("too-long", detail, row.origin), "too-long", full_length)
+
+
+def _unusable(refusal: RowRefused, full_length: int, max_length: int) -> RowRefused:
+    """Say of a row that cannot be used without its oldest exchanges that it lost them for its length."""
+    lost = refusal.reason == "no-supervised-tokens"
+    why = "no turn that is to be trained on is left." if lost else f"it is of no use: {refusal.detail}"
+    detail = (
+        f"The row is {full_length} tokens, longer than max_length={max_length}, and without the oldest exchanges, "
+        f"which that costs it, {why} Raise max_length, or write overlong: keep_start or keep_end to cut tokens."
+    )
+    return RowRefused(refusal.reason, detail, refusal.origin)
 
 
 def drop_until_it_fits(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
 from collections.abc import Container
 from itertools import islice
 from typing import Any, NamedTuple
@@ -106,28 +107,32 @@ class Turns:
             RowRefused: ``empty-answer``; ``content-altered`` when the turn is not in one piece.
         """
         answers = rendered.skeleton.answers
-        if index not in answers:
-            found = self._find_answer(dialogue, rendered, index)
-            if isinstance(found, RowRefused):
-                return found
+        found = answers.get(index) or self._find_answer(dialogue, rendered, index)
+        if isinstance(found, RowRefused):
+            return found
+        if index not in answers and self._is_proven(dialogue, index):
             answers[index] = found
-        gap, offset, stop, mode, prompt_ids = answers[index]
+        gap, offset, stop, mode, prompt_ids = found
         return Turn(index, rendered.starts[gap] + offset, stop, mode, prompt_ids)
+
+    def _is_proven(self, dialogue: Dialogue, index: int) -> bool:
+        """Whether what was found out about a prompt holds for all prompts that end like it, whatever they say."""
+        proof = self._renderer.proofs[bool(dialogue.tools)]
+        before = dialogue.messages[index - 1] if index else None
+        behind_other = before is None or (before.role != "assistant" and bool(before.content.strip()))
+        return proof.behind_others if behind_other else proof.behind_answers
 
     def _find_answer(self, dialogue: Dialogue, rendered: Rendered, index: int) -> Answer | RowRefused:
         """Find a turn in a skeleton by one chat of its shape: the template writes it so in all of them."""
-        text, spans = rendered.text, rendered.spans
         first, last = self._own_spans(dialogue, rendered, index)
-        before = [number for number in range(first) if rendered.kind(number) != "label"]
-        gap = before[-1] + 1 if before else 0
-        border = self._border(dialogue, rendered, index, rendered.starts[gap], spans[first].start)
+        gap = rendered.content_before(first)
+        border = self._border(dialogue, rendered, index, rendered.starts[gap], rendered.span(first).start)
         if border is None:
             return other_prompt(dialogue.origin, index)
-        others = (
-            span.start for number, span in enumerate(spans) if number > last and not rendered.is_of(number, index)
-        )
+        later = range(last + 1, len(rendered.skeleton.marks))
+        others = (rendered.span(number).start for number in later if not rendered.is_of(number, index))
         stops = self.call_stops if dialogue.messages[index].tool_calls else self.answer_stops
-        stop = self._end(rendered, spans[last].end, next(others, len(text)), stops)
+        stop = self._end(rendered, rendered.span(last).end, next(others, len(rendered.text)), stops)
         if stop is None:
             return self._no_end_token(dialogue.origin, index, stops)
         return Answer(gap, border.length, stop, border.mode, border.prompt_ids)
@@ -138,8 +143,8 @@ class Turns:
         What comes later is an echo: templates repeat the name of the called function above its result.
         """
         marks = rendered.skeleton.marks
-        own = [number for number in range(len(marks)) if rendered.owner(number) == index]
-        if not own:
+        own = rendered.skeleton.owned.get(index)
+        if own is None:
             raise RowRefused("empty-answer", f"Message {index} (assistant) says nothing.", dialogue.origin)
         missing = {marks[number] for number in own}
         for number in range(own[0], len(marks)):
@@ -157,12 +162,14 @@ class Turns:
 
     def _end(self, rendered: Rendered, begin: int, limit: int, stops: Container[int]) -> int | None:
         """The first end token from ``begin`` on; only tokens that occur within turns may stand before it."""
-        for number, match in enumerate(rendered.controls):
-            if begin <= match.start < limit:
-                if match.token_id in stops:
-                    return number
-                if match.token_id not in self._inner_ids:
-                    return None
+        first = bisect_left(rendered.controls, begin, key=lambda match: match.start)
+        for number, match in enumerate(islice(rendered.controls, first, None), first):
+            if match.start >= limit:
+                return None
+            if match.token_id in stops:
+                return number
+            if match.token_id not in self._inner_ids:
+                return None
         return None
 
     def _no_end_token(self, origin: Origin, index: int, stops: set[int]) -> RowRefused:
@@ -177,10 +184,16 @@ class Turns:
     def _border(self, dialogue: Dialogue, rendered: Rendered, index: int, begin: int, end: int) -> Border | None:
         """Tell how much of the text between the content before and a turn's own is the generation prompt's.
 
-        The answer depends on that text alone, so that few prompts are ever rendered.
+        Of most templates it is proven that the answer depends on that text alone, so that few prompts are ever
+        rendered.
         """
+        if not self._is_proven(dialogue, index):
+            return self._find_border(dialogue, rendered, index, begin, end)
         variables = json.dumps(dialogue.variables, sort_keys=True, default=repr) if dialogue.variables else ""
-        key = (rendered.text[begin:end], index == 0, bool(dialogue.tools), variables)
+        before = tuple(
+            (message.role, bool(message.tool_calls)) for message in dialogue.messages[max(0, index - 2) : index]
+        )
+        key = (rendered.text[begin:end], before, bool(dialogue.tools), variables)
         if key not in self._borders:
             if len(self._borders) >= MAX_BORDERS:
                 self._borders.clear()
@@ -221,8 +234,7 @@ class Turns:
             return None
         if mode and prompt.text != rendered.text[: len(prompt.text)]:
             return None
-        ends = [span.end for number, span in enumerate(prompt.spans) if prompt.kind(number) != "label"]
-        tail = prompt.text[ends[-1] if ends else 0 :]
+        tail = prompt.text[prompt.starts[prompt.content_before(len(prompt.skeleton.marks))] :]
         return len(tail) if gap.startswith(tail) else None
 
     def _leads(self, gap: str, border: Border) -> bool:
@@ -265,9 +277,9 @@ class Turns:
             prompt, closed = (self._renderer.render(dialogue, for_generation=wanted) for wanted in (True, False))
         except RowRefused:
             return
-        if not prompt.spans or not closed.spans:
+        if not prompt.skeleton.marks or not closed.skeleton.marks:
             return
-        tail, other = (rendered.text[rendered.spans[-1].end :] for rendered in (prompt, closed))
+        tail, other = (rendered.text[rendered.starts[-1] :] for rendered in (prompt, closed))
         pairs = enumerate(zip(tail, other, strict=False))
         common = next((place for place, (one, two) in pairs if one != two), min(len(tail), len(other)))
         for match in self._control_tokens.matches(tail):
@@ -284,8 +296,7 @@ class Turns:
             first, last = self._own_spans(dialogue, rendered, 1)
         except RowRefused:
             return set()
-        spans = rendered.spans
-        start, end = spans[first].end, spans[last].end
+        start, end = rendered.span(first).end, rendered.span(last).end
         self.control_token_ids |= {match.token_id for match in rendered.controls}
         self._inner_ids |= {match.token_id for match in rendered.controls if start <= match.start < end}
         after = (match.token_id for match in rendered.controls if match.start >= end)

@@ -9,7 +9,6 @@ tests) needs no model again.
 from lightning_qlora.evaluation.answers import (
     adapters_off,
     answer_questions,
-    changes_base,
     decoding_config,
     encode_prompts,
     encode_references,
@@ -50,7 +49,6 @@ __all__ = [
     "Verdict",
     "adapters_off",
     "answer_questions",
-    "changes_base",
     "decoding_config",
     "difference",
     "encode_prompts",

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from torch import Tensor
 from torch.nn import functional
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
@@ -27,7 +27,6 @@ from lightning_qlora.schema import IGNORE_INDEX, Conversation, Message, RowRefus
 __all__ = [
     "adapters_off",
     "answer_questions",
-    "changes_base",
     "decoding_config",
     "encode_prompts",
     "encode_references",
@@ -77,12 +76,6 @@ def adapters_off(model: PeftModel) -> Iterator[None]:
     finally:
         for parameter, flag in trainable:
             parameter.requires_grad_(flag)
-
-
-def changes_base(adapter: PeftConfig) -> bool:
-    """Whether an adapter's initialisation moves a part of the base into it, so that without it there is no base."""
-    init = getattr(adapter, "init_lora_weights", True)
-    return isinstance(init, str) and init.lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga"))
 
 
 def stop_tokens(model: PreTrainedModel | PeftModel, chat_template: ChatTemplate) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -20,13 +20,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from typing_extensions import override
 
 from lightning_qlora.checkpoints.adapter_folder import find_adapter
 from lightning_qlora.checkpoints.checkpoint_io import read_checkpoints_without_pickle
-from lightning_qlora.checkpoints.identity import check_adapter
+from lightning_qlora.checkpoints.identity import changes_base, check_adapter
 from lightning_qlora.checkpoints.loop_state import repair_loops
 from lightning_qlora.kernels.attention import use_document_attention
 from lightning_qlora.kernels.checkpointing import PLANS, MixedPlan, Plan
@@ -43,11 +42,26 @@ from lightning_qlora.model import (
     load_base_model,
     set_activation_checkpointing,
 )
+from lightning_qlora.modules.averaging import forget_missing, refuse_early_averaging
 from lightning_qlora.modules.forward import SupervisedForward
 from lightning_qlora.modules.generation import generate_answers
 from lightning_qlora.modules.lr_schedulers import WarmupCosine
 from lightning_qlora.modules.precision import check_precision
+from lightning_qlora.modules.record import (
+    allowed_by_callbacks,
+    arguments_for,
+    check_adapter_keys,
+    check_lora,
+    check_optimizer,
+    check_quantization,
+    name_optimizer,
+    plain_lora,
+    plain_quantization,
+    read_record,
+)
+from lightning_qlora.modules.schedule import Schedule, ScheduleCallable
 from lightning_qlora.modules.special_tokens import add_stop_tokens, tokens_to_train
+from lightning_qlora.modules.steps import restore_accumulation
 from lightning_qlora.ranks import add_up
 from lightning_qlora.redaction import scrub
 from lightning_qlora.schema import ChatDataModule, PromptBatch, SFTBatch
@@ -80,15 +94,16 @@ class CausalLMModule(L.LightningModule):
             checkpoint in it. Its own configuration then counts, not ``lora``. One that AdapterCheckpoint published is
             refused on another base, tokenizer or chat template.
         allow_mismatch: What may differ from what ``adapter`` was published with, all the same: base, quantization,
-            tokenizer, chat_template.
+            tokenizer, chat_template; adapter (its options) and quantization also from what a checkpoint was made with.
         lora: PEFT's adapter configuration; every option of peft.LoraConfig works (DoRA, rsLoRA, rank patterns,
             modules_to_save, trainable_token_indices, initialisations).
         quantization: How the base is stored. nf4 is 4-bit with double quantisation, int8 is LLM.int8(), null is none;
             or the options of transformers.BitsAndBytesConfig.
         optimizer: Builds the optimizer from the trainable parameters.
         lr: Learning rate. When given it replaces the optimizer's own; the learning rate finder sets it.
-        lr_scheduler: Builds the schedule, stepped once per optimizer step, from (optimizer, total steps); null for a
-            constant rate.
+        lr_scheduler: Builds the schedule, stepped once per optimizer step, from the optimizer and, where it has a
+            parameter for them that is not set (total_steps, T_max, ...), the steps of the run; null for a constant
+            rate. lightning.pytorch.cli.ReduceLROnPlateau, with a monitor, is stepped after each epoch that validates.
         activation_checkpointing: What a layer keeps for the backward pass: everything (none), all but what its MLP
             computes, which is computed again (selective), that in host memory (selective_offload), its input (full),
             which takes far less memory and about a third more time, or that in host memory (offload). auto takes, when
@@ -126,7 +141,7 @@ class CausalLMModule(L.LightningModule):
         quantization: BitsAndBytesConfig | Literal["nf4", "int8"] | None = "nf4",
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=2e-4, weight_decay=0.0, fused=True),
         lr: float | None = None,
-        lr_scheduler: Callable[[Optimizer, int], LRScheduler] | None = WarmupCosine,
+        lr_scheduler: ScheduleCallable | None = WarmupCosine,  # type: ignore[assignment]
         activation_checkpointing: Literal["none", "selective", "selective_offload", "full", "offload", "auto"] = "full",
         fused_lora: bool | Literal["auto"] = "auto",
         fused_elementwise: bool = True,
@@ -166,6 +181,7 @@ class CausalLMModule(L.LightningModule):
         self.max_new_tokens = max_new_tokens
         self.model_kwargs = model_kwargs or {}
 
+        self.register_load_state_dict_post_hook(_forget_the_base)  # type: ignore[no-untyped-call]
         self.strict_loading = False  # checkpoints hold adapters only; on_load_checkpoint checks the keys instead
         self.model: PeftModel | None = None
         self.layer_plan: Plan | MixedPlan | None = None  # what auto has not chosen yet
@@ -175,6 +191,9 @@ class CausalLMModule(L.LightningModule):
         self.isolates_documents = False
         self._supervised_forward: SupervisedForward | None = None
         self._adapter_keys: frozenset[str] = frozenset()
+        self._schedule: Schedule | None = None
+        self._optimizers: dict[str, str | None] | None = None  # names of what this fit trains with
+        self._resumed: dict[str, str | None] | None = None  # and of what its checkpoint was made with
         self._window: Tensor | None = None  # sums of the optimizer step under way: loss, terms, extras
         self._shown: Readback | None = None  # the loss of the last step
 
@@ -193,6 +212,9 @@ class CausalLMModule(L.LightningModule):
         check_strategy(self.trainer.strategy)
         check_precision(self.trainer)
         read_checkpoints_without_pickle(self.trainer)
+        if stage == "fit" and self.model is None:
+            refuse_early_averaging(self.trainer)
+        self._optimizers = self._resumed = None
 
     @override
     def configure_model(self) -> None:
@@ -227,8 +249,11 @@ class CausalLMModule(L.LightningModule):
         data = self._chat_data()
         if self.adapter is not None:
             self.adapter_folder = find_adapter(self.adapter)
-            check_adapter(self.adapter_folder, base, data.tokenizer if data is not None else None, self.allow_mismatch)
+            tokenizer = data.tokenizer if data is not None else None
+            check_adapter(self.adapter_folder, base, tokenizer, self.allow_mismatch)
             self.model = load_adapter(base, self.adapter_folder, is_trainable=True).train()
+            if changes_base(self.model.active_peft_config):
+                check_adapter(self.adapter_folder, self.model, tokenizer, self.allow_mismatch)
         else:
             tokens: list[int] = []
             if self.untrained_tokens != "ignore":
@@ -265,6 +290,10 @@ class CausalLMModule(L.LightningModule):
         gc.freeze()
         if self.trainer.world_size > 1:
             tell_ranks_without_waiting(self.trainer)
+        self._window = self._shown = None  # of an earlier fit that broke off; of a resumed epoch no start is told
+        restore_accumulation(self.trainer)
+        if self._schedule is not None:
+            self._schedule.renew(self.trainer, self.lr)
 
     @override
     def on_train_end(self) -> None:
@@ -309,16 +338,13 @@ class CausalLMModule(L.LightningModule):
         if self.lr is not None:
             for group in optimizer.param_groups:
                 group["lr"] = self.lr
-        if self.lr_scheduler is None:
+        schedule = None if self.lr_scheduler is None else Schedule(self.lr_scheduler, optimizer, self.trainer)
+        self._schedule = schedule
+        self._optimizers = name_optimizer(optimizer, None if schedule is None else schedule.scheduler)
+        check_optimizer(self._resumed, self._optimizers)
+        if schedule is None:
             return optimizer
-        total_steps = self.trainer.estimated_stepping_batches
-        if not isinstance(total_steps, int):
-            raise MisconfigurationException(
-                "The learning rate schedule needs to know where it ends, and this run has no last step. Write "
-                "--trainer.max_steps or --trainer.max_epochs, or --model.lr_scheduler=null."
-            )
-        scheduler = self.lr_scheduler(optimizer, max(1, total_steps))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return {"optimizer": optimizer, "lr_scheduler": schedule.config(self.trainer)}
 
     # Exact normalisation
 
@@ -401,10 +427,11 @@ class CausalLMModule(L.LightningModule):
 
     @override
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Return the trained tensors only: everything else is the base, which is loaded by name."""
+        """Return what is trained and a subclass's own buffers: everything else is the base, which is loaded by name."""
         prefix: str = kwargs.get("prefix", args[1] if len(args) > 1 else "")
         state: dict[str, Any] = super().state_dict(*args, **kwargs)
-        keep = {prefix + name for name in self._adapter_keys}
+        own = {name for name, _ in self.named_buffers() if not name.startswith("model.")}
+        keep = {prefix + name for name in self._adapter_keys | own}
         for name in [name for name in state if name.startswith(prefix) and name not in keep]:
             del state[name]  # in place: sharded strategies hold the same dictionary
         return state
@@ -415,18 +442,14 @@ class CausalLMModule(L.LightningModule):
     ) -> Self:
         """Load a module from Lightning's checkpoint, as ``LightningModule.load_from_checkpoint`` does.
 
+        The adapters and the quantization are those it was trained with, unless ``lora`` or ``quantization`` is given.
         Two things are not for the checkpoint to decide: whether its pickle may run (Lightning's default for addresses),
         and whether its base may bring code.
         """
+        record = read_record(checkpoint_path, CHECKPOINT_KEY, weights_only=weights_only)
+        kwargs = {**arguments_for(cls, record), **kwargs}
         kwargs |= {"weights_only": weights_only, "trust_remote_code": trust_remote_code}
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
-
-    @override
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load trained tensors; that the base is not among them is no news, so it is not reported as missing."""
-        result = super().load_state_dict(state_dict, strict=strict, assign=assign)
-        missing = [name for name in result.missing_keys if name in self._adapter_keys]
-        return type(result)(missing, result.unexpected_keys)
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -436,24 +459,28 @@ class CausalLMModule(L.LightningModule):
             "revision": self.revision,
             "activation_checkpointing": str(self.layer_plan),
             "adapter_keys": sorted(self._adapter_keys),
+            "lora": None if self.model is None else plain_lora(self.model.active_peft_config),
+            "quantization": plain_quantization(self.quantization),
+            "optimizers": self._optimizers,
         }
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of other adapters; non-strict loading alone would accept one without a single match."""
+        """Refuse a checkpoint of another module, in words, before it is loaded in part or fails somewhere inside."""
         if CHECKPOINT_KEY not in checkpoint:
             raise ValueError(
                 "This checkpoint was not written by lightning_qlora: it does not name its adapters. Write the path of "
                 "a checkpoint that fit made, or start afresh without ckpt_path."
             )
-        saved = frozenset(checkpoint[CHECKPOINT_KEY]["adapter_keys"])
-        if saved != self._adapter_keys:
-            missing, extra = sorted(self._adapter_keys - saved), sorted(saved - self._adapter_keys)
-            raise ValueError(
-                f"The checkpoint's adapters are not this run's: {len(missing)} tensors are missing in it"
-                f"{_example(missing)}, {len(extra)} are left over{_example(extra)}. Use the lora options and the base "
-                f"({checkpoint[CHECKPOINT_KEY]['model_name']!r}) that it was trained with."
-            )
+        record = checkpoint[CHECKPOINT_KEY]
+        check_adapter_keys(record, self._adapter_keys)
+        allowed = {*self.allow_mismatch, *allowed_by_callbacks(self._trainer)}
+        if self.model is not None and "adapter" not in allowed:
+            check_lora(record, self.model.active_peft_config)
+        if "quantization" not in allowed:
+            check_quantization(record, self.quantization)
+        self._resumed = record.get("optimizers")
+        check_optimizer(self._resumed, self._optimizers)  # where the strategy has made them before it loads
         repair_loops(checkpoint)
 
     # Generation
@@ -484,7 +511,7 @@ class CausalLMModule(L.LightningModule):
         return generate_answers(self.model, *prompts, self.stop_token_ids, longest, sampling)
 
     @override
-    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
+    def predict_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Answer a batch of questions: the rows as they were read, each with its ``answer``."""
         answers = self.generate(batch["input_ids"], batch["attention_mask"])
         data = self._chat_data()
@@ -496,6 +523,11 @@ class CausalLMModule(L.LightningModule):
         return [{**row, "answer": text} for row, text in zip(batch["rows"], texts, strict=True)]
 
 
+def _forget_the_base(module: CausalLMModule, keys: Any) -> None:
+    """That the base is not among what is loaded is no news, so it is not reported as missing."""
+    forget_missing(keys.missing_keys, module._adapter_keys)
+
+
 def _full(norm: Tensor) -> Tensor:
     """Return the norm over all ranks where gradients are sharded."""
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -504,10 +536,6 @@ def _full(norm: Tensor) -> Tensor:
 def is_fused(optimizer: Optimizer) -> bool:
     """Whether an optimizer undoes a loss scale by itself, as fused ones do."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
-
-
-def _example(names: list[str]) -> str:
-    return f" (for instance {names[0]})" if names else ""
 
 
 def _check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:

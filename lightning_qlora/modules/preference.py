@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from typing_extensions import override
 
@@ -17,6 +17,7 @@ from lightning_qlora.checkpoints.identity import identify_base
 from lightning_qlora.losses.log_probs import head_log_probs
 from lightning_qlora.losses.preference import AnswerLogProbs, DPOLoss, PreferenceLoss, PreferenceTerms
 from lightning_qlora.modules.base import CHECKPOINT_KEY, CausalLMModule
+from lightning_qlora.modules.metrics import Stage, StageMetrics
 from lightning_qlora.modules.preference_metrics import PreferenceMetrics
 from lightning_qlora.modules.reference import REFERENCE_ADAPTER, ReferenceTable, adapter_digest, use_adapter
 from lightning_qlora.ranks import add_up, on_rank_zero
@@ -24,8 +25,6 @@ from lightning_qlora.schema import DataStage, PreferenceBatch, PreferenceData
 from lightning_qlora.transfers import send
 
 __all__ = ["PreferenceModule"]
-
-Stage = Literal["train", "val", "test"]
 
 _REPORT_EVERY_SECONDS = 30.0
 _START_TOLERANCE = 1e-3
@@ -59,7 +58,8 @@ class PreferenceModule(CausalLMModule):
     (the mean log-ratio of model to reference, in nats an answer: over mismatched answers in KTO, and for pairs over
     the answers of the data, which the model need not be likely to give), and the length bias of the data:
     ``length_difference`` (mean tokens of chosen less rejected answers) and ``longer_chosen`` (share of pairs whose
-    chosen answer is the longer one).
+    chosen answer is the longer one). Several data loaders of a stage are measured each by itself, as
+    ``val_loss/dataloader_idx_0`` and so on.
 
     Args:
         model_name: The base: a Hugging Face id, a folder, a .gguf file, or package:NAME for a GGUF file that an
@@ -101,8 +101,8 @@ class PreferenceModule(CausalLMModule):
         self.mean_chosen_tokens = mean_chosen_tokens
         self.reference_adapter: str | None = None
         self._reference_record: dict[str, str] | None = None  # of a reference that is not the base
-        self.metrics = nn.ModuleDict(
-            {f"{stage}_": PreferenceMetrics(loss, with_loss=stage != "train") for stage in ("train", "val", "test")}
+        self.metrics = StageMetrics(
+            {stage: PreferenceMetrics(loss, with_loss=stage != "train") for stage in ("train", "val", "test")}
         )
         self._is_start_checked = False
         self._has_mismatched = False
@@ -215,7 +215,9 @@ class PreferenceModule(CausalLMModule):
 
     # Steps
 
-    def _step(self, batch: PreferenceBatch, stage: Stage) -> tuple[PreferenceTerms, tuple[AnswerLogProbs, ...]]:
+    def _step(
+        self, batch: PreferenceBatch, stage: Stage, dataloader_idx: int = 0
+    ) -> tuple[PreferenceTerms, tuple[AnswerLogProbs, ...]]:
         self._check_kind(batch)
         reference_K = batch["reference_log_probs"]
         if self.loss.needs_reference and reference_K is None:
@@ -225,16 +227,15 @@ class PreferenceModule(CausalLMModule):
         answers = _answers(batch, self.log_probs(batch), reference_K if self.loss.needs_reference else None)
         chosen, rejected, _ = answers
         terms = self.loss(chosen, rejected, self._kl.to(self.device) if self.loss.needs_kl else None)
-        metrics: Any = self.metrics[f"{stage}_"]
+        metrics: Any = self.metrics.of(stage, dataloader_idx)
         metrics.add_batch(terms, *answers)
-        for name, metric in metrics.items():
-            shown = (stage, name) in (("val", "loss"), ("val", "reward_accuracy"))
-            self.log(f"{stage}_{name}", metric, on_step=False, on_epoch=True, prog_bar=shown)
+        self.metrics.log(self, stage, dataloader_idx, shown=frozenset({"val_loss", "val_reward_accuracy"}))
         return terms, answers
 
     @override
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         terms, (chosen, _, mismatched) = self._step(batch, "train")
+        self.metrics.keep_sums(batch_idx)
         loss_sum = terms.loss_sum
         if self.loss.nll_weight:
             loss_sum = loss_sum - self._nll_scale * chosen.policy.sum()
@@ -258,11 +259,11 @@ class PreferenceModule(CausalLMModule):
 
     @override
     def validation_step(self, batch: PreferenceBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._step(batch, "val")
+        self._step(batch, "val", dataloader_idx)
 
     @override
     def test_step(self, batch: PreferenceBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._step(batch, "test")
+        self._step(batch, "test", dataloader_idx)
 
     def _check_kind(self, batch: PreferenceBatch) -> None:
         """Refuse single answers where pairs are needed, and look for what KTO needs."""
@@ -306,12 +307,26 @@ class PreferenceModule(CausalLMModule):
             "write init_lora_weights: true. Reference log-probabilities must come from this base and adapter."
         )
 
+    @override
+    def on_validation_start(self) -> None:
+        self.metrics.start("val")
+
+    @override
+    def on_test_start(self) -> None:
+        self.metrics.start("test")
+
     # Checkpoints
+
+    @override
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self.metrics.start_training(self.trainer)
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint[CHECKPOINT_KEY] |= {"kl": float(self._kl), "reference": self._reference_record}
+        checkpoint[CHECKPOINT_KEY]["train_sums"] = self.metrics.sums_to_save(self.trainer)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -319,6 +334,7 @@ class PreferenceModule(CausalLMModule):
         self._check_reference(checkpoint[CHECKPOINT_KEY].get("reference", self._reference_record))
         self._kl = torch.tensor(checkpoint[CHECKPOINT_KEY].get("kl", 0.0))
         self._is_start_checked = True  # trained adapters are no longer where they started
+        self.metrics.load_sums(checkpoint[CHECKPOINT_KEY].get("train_sums"))
 
     def _check_reference(self, saved: dict[str, str] | None) -> None:
         """Refuse to go on against another reference: rewards would be measured from another zero."""

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_qlora.losses.cross_entropy import TokenLoss, head_cross_entropy
-from lightning_qlora.modules.base import CausalLMModule
-from lightning_qlora.modules.metrics import ExactMean, MeanPerplexity
+from lightning_qlora.modules.base import CHECKPOINT_KEY, CausalLMModule
+from lightning_qlora.modules.metrics import ExactMean, MeanPerplexity, Stage, StageMetrics
 from lightning_qlora.schema import SFTBatch
 
 __all__ = ["SFTModule"]
-
-Stage = Literal["train", "val", "test"]
 
 
 class SFTModule(CausalLMModule):
@@ -23,50 +21,68 @@ class SFTModule(CausalLMModule):
     Logs ``train_loss`` at each optimizer step (exact over its micro-batches and ranks), and per epoch
     ``train_perplexity`` and ``train_token_accuracy``; ``val_loss``, ``val_perplexity`` and ``val_token_accuracy`` in
     validation, likewise ``test_...``. All are weighted by supervised tokens. Losses are in nats.
+    Several data loaders of a stage are measured each by itself, as ``val_loss/dataloader_idx_0`` and so on.
     """
 
     def __init__(self, model_name: str, **kwargs: Any) -> None:
         super().__init__(model_name, **kwargs)
-        self.metrics = nn.ModuleDict(
-            {
-                f"{stage}_": nn.ModuleDict(
-                    {"loss": ExactMean(), "perplexity": MeanPerplexity(), "token_accuracy": ExactMean()}
-                )
-                for stage in ("train", "val", "test")
-            }
-        )
+        self.metrics = StageMetrics({stage: _metrics(stage) for stage in ("train", "val", "test")})
 
     def token_loss(self, batch: SFTBatch) -> TokenLoss:
         """Sum of the cross-entropy over the supervised tokens of a packed or padded batch."""
         hidden_ND, head = self.supervised_forward(batch)
         return head_cross_entropy(hidden_ND, head, batch["targets"])
 
-    def _step(self, batch: SFTBatch, stage: Stage) -> TokenLoss:
+    def _step(self, batch: SFTBatch, stage: Stage, dataloader_idx: int = 0) -> TokenLoss:
         loss = self.token_loss(batch)
-        metrics: Any = self.metrics[f"{stage}_"]
-        for name, total in (
-            ("loss", loss.loss_sum.detach()),
-            ("perplexity", loss.loss_sum.detach()),
-            ("token_accuracy", loss.num_correct),
-        ):
-            metrics[name].update(total, loss.num_tokens)
+        metrics: Any = self.metrics.of(stage, dataloader_idx)
         for name, metric in metrics.items():
-            if (stage, name) != ("train", "loss"):  # logged per optimizer step by the base class
-                self.log(
-                    f"{stage}_{name}", metric, on_step=False, on_epoch=True, prog_bar=(stage, name) == ("val", "loss")
-                )
+            metric.update(loss.num_correct if name == "token_accuracy" else loss.loss_sum.detach(), loss.num_tokens)
+        self.metrics.log(self, stage, dataloader_idx, shown=frozenset({"val_loss"}))
         return loss
 
     @override
     def training_step(self, batch: SFTBatch, batch_idx: int) -> Tensor:
         loss = self._step(batch, "train")
+        self.metrics.keep_sums(batch_idx)
         self.count_terms(loss.loss_sum, loss.num_tokens)
         return loss.loss_sum
 
     @override
     def validation_step(self, batch: SFTBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._step(batch, "val")
+        self._step(batch, "val", dataloader_idx)
 
     @override
     def test_step(self, batch: SFTBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._step(batch, "test")
+        self._step(batch, "test", dataloader_idx)
+
+    @override
+    def on_validation_start(self) -> None:
+        self.metrics.start("val")
+
+    @override
+    def on_test_start(self) -> None:
+        self.metrics.start("test")
+
+    # Checkpoints
+
+    @override
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self.metrics.start_training(self.trainer)
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[CHECKPOINT_KEY]["train_sums"] = self.metrics.sums_to_save(self.trainer)
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self.metrics.load_sums(checkpoint[CHECKPOINT_KEY].get("train_sums"))
+
+
+def _metrics(stage: Stage) -> nn.ModuleDict:
+    metrics = {"perplexity": MeanPerplexity(), "token_accuracy": ExactMean()}
+    # The loss of training is logged for each optimizer step, by the base class.
+    return nn.ModuleDict(metrics if stage == "train" else {"loss": ExactMean(), **metrics})

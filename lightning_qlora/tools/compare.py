@@ -25,7 +25,6 @@ from lightning_qlora.tools.comparison import (
     judge_limits,
     preference_pairs,
     read_previous,
-    refuse_changed_base,
     render_page,
     to_record,
     training_rows,
@@ -38,6 +37,7 @@ from lightning_qlora.tools.loading import (
     find_adapters,
     load_for_answers,
     name_folders,
+    refuse_changed_base,
     sampling_options,
     trained_base,
 )

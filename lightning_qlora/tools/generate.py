@@ -259,7 +259,7 @@ def _check_options(
 
 def _read_file(path: Path, system: str | None) -> list[Question]:
     if path.suffix == ".txt" and path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
         questions = [
             Question(str(number), (Message("user", line),), Origin(str(path), number))
             for number, line in enumerate(lines, start=1)

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from transformers import AutoTokenizer, BitsAndBytesConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_qlora.checkpoints.adapter_folder import find_adapter
-from lightning_qlora.checkpoints.identity import check_adapter
+from lightning_qlora.checkpoints.identity import changes_base, check_adapter
 from lightning_qlora.checkpoints.publishing import read_manifest
 from lightning_qlora.data.chat_template import ChatTemplate
 from lightning_qlora.model import Quantization, compute_dtype, load_adapter, load_base_model, read_adapter_base
@@ -26,6 +26,7 @@ __all__ = [
     "load_for_answers",
     "name_folders",
     "plain_model",
+    "refuse_changed_base",
     "sampling_options",
     "to_gpu",
     "trained_base",
@@ -102,9 +103,11 @@ def load_for_answers(
         trust_remote_code: Whether Python code from the base's repository may run.
 
     Raises:
-        ValueError: If there is no base, the adapters name different ones, or one does not belong to it.
+        ValueError: If there is no base, the adapters name different ones, or one does not belong to it or to others.
     """
     folders = list(adapters.values())
+    if len(folders) > 1:
+        refuse_changed_base(adapters)
     base, revision = trained_base(folders, base, revision)
     chosen = _trained_quantization(folders) if quantization == "auto" else _QUANTIZATIONS[quantization]
     model: PreTrainedModel | PeftModel = load_base_model(
@@ -122,10 +125,29 @@ def load_for_answers(
             _load_another(model, name, folder)
         else:
             model = load_adapter(model, folder, name=name)
+    if any(changes_base(PeftConfig.from_pretrained(str(folder))) for folder in folders):
+        check_adapter(folders[0], model, tokenizer, allow_mismatch)  # against what it has left of the base
     to_gpu(model)
     model.eval()
     _take_stop_tokens(model, folders)
     return model, ChatTemplate(tokenizer, template_kwargs=template_kwargs)
+
+
+def refuse_changed_base(adapters: Mapping[str, Path]) -> None:
+    """Refuse adapters that have taken a part out of the base: neither it nor others could answer beside them.
+
+    Raises:
+        ValueError: Names the adapter.
+    """
+    for name, folder in adapters.items():
+        config = PeftConfig.from_pretrained(str(folder))
+        if changes_base(config):
+            raise ValueError(
+                f"The adapter {name!r} was begun with init_lora_weights={config.init_lora_weights!r}, which moves a "
+                "part of the base into it: neither the base nor another adapter could answer beside it. Save it as "
+                "plain LoRA (PEFT's path_initial_model_for_weight_conversion), ask it alone (generate), or compare it "
+                "merged (--merged)."
+            )
 
 
 def trained_base(folders: Sequence[Path], base: str | None, revision: str | None) -> tuple[str, str | None]:

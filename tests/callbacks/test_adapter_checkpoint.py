@@ -20,6 +20,7 @@ from tiny_run import Job, TinyData, make_jobs, tiny_module, tiny_trainer
 
 from lightning_qlora.callbacks import AdapterCheckpoint
 from lightning_qlora.callbacks.adapter_checkpoint import NonFiniteAdapterError
+from lightning_qlora.checkpoints.adapter_folder import saved_adapter_state, write_adapter_folder
 from lightning_qlora.checkpoints.identity import IdentityMismatchError
 from lightning_qlora.checkpoints.publishing import (
     DamagedCheckpointError,
@@ -120,6 +121,7 @@ def test_every_kind_of_adapter_is_saved_as_peft_saves_it(tmp_path, lora, tied):
     ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (published, tmp_path / "peft"))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert_saved_weights_are_written(module, theirs, tmp_path / "saved")
     loaded = PeftModel.from_pretrained(load_base_model(base), published).eval()
     ids = torch.arange(20)[None]
     with torch.no_grad():
@@ -136,6 +138,16 @@ def test_every_kind_of_adapter_is_saved_as_peft_saves_it(tmp_path, lora, tied):
     )
     for key, tensor in module.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[key]), key
+
+
+def assert_saved_weights_are_written(module, own, folder):
+    """Of a checkpoint that holds others than the model's own, as Lightning's WeightAveraging makes it."""
+    assert saved_adapter_state(module, module.state_dict()) is None
+    state = saved_adapter_state(module, {key: tensor + 1 for key, tensor in module.state_dict().items()})
+    write_adapter_folder(folder, module.model, state=state)
+    written = load_file(folder / "adapter_model.safetensors")
+    assert written.keys() == own.keys()
+    assert all(torch.equal(written[key], own[key] + 1) for key in own)
 
 
 def test_no_file_holds_base_weights(run, base):
@@ -243,6 +255,20 @@ def test_a_metric_that_comes_later_does_not_delay_saving(base, tmp_path):
     assert [Path(p).parent.name for p in checkpoint.best_k_models] == ["step=6-val_loss=3"]
 
 
+@pytest.mark.parametrize(
+    ("options", "trainer", "kept"),
+    [
+        ({}, {"val_check_interval": 2, "max_steps": 4}, [2, 4]),
+        ({}, {"max_epochs": 2, "max_steps": 12}, [6, 12]),
+        ({"every_n_train_steps": 2}, {"val_check_interval": 4, "max_steps": 4}, [2, 4]),
+    ],
+)
+def test_a_step_published_twice_counts_once(base, tmp_path, options, trainer, kept):
+    fit(base, tmp_path, AdapterCheckpoint(monitor="score", **options), Scripted(0.2, 0.1), **trainer)
+    steps = [published.metadata["step"] for published in LocalStore(tmp_path / "checkpoints").published()]
+    assert steps == [*reversed(kept)]
+
+
 def test_time_interval_and_accumulation(base, tmp_path):
     checkpoint = AdapterCheckpoint(train_time_interval=timedelta(0), save_top_k=-1)
     fit(base, tmp_path, checkpoint, accumulate_grad_batches=4)
@@ -293,6 +319,21 @@ def test_last_without_any_starts_afresh_and_says_so(base, tmp_path, caplog):
         trainer = fit(base, tmp_path, AdapterCheckpoint(), ckpt_path="last", max_steps=1)
     assert trainer.global_step == 1
     assert "training starts from the beginning" in caplog.text
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_last_without_any_is_refused_where_nothing_is_trained(base, tmp_path, stage):
+    trainer = tiny_trainer(tmp_path, AdapterCheckpoint(), AdapterCheckpoint(tmp_path / "typo", filename="other"))
+    with pytest.raises(MisconfigurationException, match=f"no checkpoint in {tmp_path}/(checkpoints|typo), so"):
+        getattr(trainer, stage)(tiny_module(base), datamodule=TinyData(), ckpt_path="last")
+
+
+def test_last_may_be_that_of_another_callback(job, tmp_path, run):
+    _, _, root = run
+    trainer = tiny_trainer(tmp_path, AdapterCheckpoint(), AdapterCheckpoint(root, filename="other"))
+    module = job.module(untrained_tokens="ignore")
+    trainer.validate(module, datamodule=job.data(), ckpt_path="last", verbose=False)
+    assert trainer.ckpt_path == str(root / "epoch=0-step=6/trainer.ckpt")
 
 
 def test_last_passes_over_damage_or_refuses(job, tmp_path, run):

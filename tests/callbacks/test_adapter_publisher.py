@@ -11,12 +11,18 @@ from pathlib import Path
 
 import lightning as L
 import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from tiny_models import save_tiny_model
 from tiny_run import TinyData, tiny_module, tiny_trainer
 
 from lightning_qlora.callbacks import AdapterCheckpoint, RunGuard
 from lightning_qlora.checkpoints.publishing import LocalStore, verify
+from lightning_qlora.model import load_base_model
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +98,68 @@ def test_the_snapshot_is_that_of_its_step(base, tmp_path):
     for name in ("epoch=0-step=2", "epoch=0-step=4", "epoch=0-step=6"):
         one, other = (verify(tmp_path / folder / name).files for folder in "ab")
         assert one["adapter_model.safetensors"] == other["adapter_model.safetensors"]
+
+
+class Plain(L.LightningModule):
+    """Somebody's module around a PeftModel, which saves all of it unless told otherwise."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def training_step(self, batch, batch_idx):
+        ids = torch.arange(5)[None]
+        return self.model(input_ids=ids, labels=ids).loss
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
+
+
+class Filtered(Plain):
+    strict_loading = False
+
+    def state_dict(self, **options):
+        return {name: tensor for name, tensor in super().state_dict(**options).items() if "lora_" in name}
+
+
+def test_a_module_that_saves_its_base_is_refused_at_the_start(base, tmp_path):
+    lora = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(load_base_model(base), lora).train()
+    with pytest.raises(MisconfigurationException, match=r"Plain would save \d+ tensors .*, such as .*CausalLMModule"):
+        tiny_trainer(tmp_path, AdapterCheckpoint(), fast_dev_run=True).fit(Plain(model), TinyData())
+    tiny_trainer(tmp_path, AdapterCheckpoint(), max_steps=1, limit_val_batches=0).fit(Filtered(model), TinyData())
+    published = LocalStore(tmp_path / "checkpoints").newest_valid()
+    saved = torch.load(Path(published.path) / "trainer.ckpt", weights_only=True)["state_dict"]
+    assert saved.keys() == {name for name, p in Plain(model).named_parameters() if p.requires_grad}
+
+
+class Values(L.Callback):
+    """Keeps the last loss of validation."""
+
+    def on_validation_end(self, trainer, module):
+        self.loss = trainer.callback_metrics["val_loss"].item()
+
+
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback")
+def test_the_folder_holds_the_averaged_weights_that_were_validated(base, tmp_path):
+    """Lightning's callback puts them into trainer.ckpt; one checkpoint is one model."""
+    values = Values()
+    fit(base, tmp_path, EMAWeightAveraging(decay=0.5), AdapterCheckpoint(monitor="val_loss"), values)
+    published = Path(LocalStore(tmp_path / "checkpoints").newest_valid().path)
+
+    folder = load_file(published / "adapter_model.safetensors")
+    saved = torch.load(published / "trainer.ckpt", weights_only=True)
+    names = {key: key.removeprefix("model.").replace(".default", "") for key in saved["state_dict"]}
+    assert {*names.values()} == folder.keys()
+    assert all(torch.equal(saved["state_dict"][key], folder[name]) for key, name in names.items())
+    assert any(not torch.equal(saved["current_model_state"][key], folder[name]) for key, name in names.items())
+
+    trainer, module = tiny_trainer(tmp_path), tiny_module(base, adapter=str(published))
+    (found,) = trainer.validate(module, datamodule=TinyData(), verbose=False)
+    assert found["val_loss"] == values.loss
 
 
 @pytest.mark.parametrize("fails_at", [2, 6])

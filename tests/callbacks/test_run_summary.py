@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelSummary
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelSummary
 from tiny import tiny_tokenizer
 from tiny_models import save_tiny_model
 from tiny_training import TinyChats, tiny_sft_module, tiny_trainer
@@ -154,3 +154,9 @@ def test_does_not_build_the_loaders(folder, tokenizer, tmp_path):
     tiny_trainer(tmp_path, callbacks=[Summary()], max_epochs=1).fit(tiny_sft_module(folder), Watched(tokenizer))
 
     assert asked == ["fit start", "loader"]
+
+
+def test_steps_are_those_of_an_accumulation_that_changes(folder, tokenizer, tmp_path, capsys):
+    callbacks = [RunSummary(), GradientAccumulationScheduler({0: 3, 1: 2})]
+    tiny_trainer(tmp_path, callbacks=callbacks, max_epochs=3).fit(tiny_sft_module(folder), TinyChats(tokenizer))
+    assert "5 optimizer steps of 3 then 2 micro-batches, 3 micro-batches an epoch" in capsys.readouterr().out

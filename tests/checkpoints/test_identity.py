@@ -6,6 +6,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from tiny import tiny_tokenizer
+from tiny_adapters import write_adapter
 from tiny_models import save_tiny_model
 
 from lightning_qlora.checkpoints.identity import (
@@ -19,7 +20,7 @@ from lightning_qlora.checkpoints.identity import (
     refuse_differences,
 )
 from lightning_qlora.checkpoints.publishing import DamagedCheckpointError, LocalStore
-from lightning_qlora.model import attach_adapters, load_base_model
+from lightning_qlora.model import attach_adapters, load_adapter, load_base_model
 
 
 @pytest.fixture(scope="module")
@@ -183,16 +184,34 @@ def test_an_adapter_belongs_to_its_base(adapter_folder, base_folder, model, toke
     assert check_adapter(adapter_folder, model).path == adapter_folder
 
 
+@pytest.mark.parametrize("quantization", ["nf4", None])
+def test_an_adapter_that_moves_the_base_belongs_to_it(base_folder, tokenizer, tmp_path, quantization):
+    """OLoRA takes a part out of the base when it is made, and again when it is loaded."""
+    lora = {"init_lora_weights": "olora", "quantization": quantization}
+    folder = write_adapter(tmp_path / "olora", base_folder, tokenizer, manifest=True, **lora)
+    base = load_base_model(base_folder, quantization=quantization)
+    assert check_adapter(folder, base, tokenizer).path == folder
+    model = load_adapter(base, folder)
+    assert check_adapter(folder, model, tokenizer).path == folder
+
+    other = other_weights(tmp_path, tokenizer, "self_attn.q_proj", quantization)
+    other.config._name_or_path = base_folder
+    check_adapter(folder, other, tokenizer)  # nothing is known yet
+    moved = load_adapter(other, folder)
+    with pytest.raises(IdentityMismatchError, match=r"base\.(quantized_)?tensors: published with"):
+        check_adapter(folder, moved, tokenizer)
+
+
 def test_a_folder_of_others_proves_nothing(model, tmp_path):
     model.save_pretrained(tmp_path, save_embedding_layers=False)
     assert check_adapter(tmp_path, model) is None
 
 
-def other_weights(tmp_path, tokenizer):
+def other_weights(tmp_path, tokenizer, where="embed_tokens", quantization="nf4"):
     base = load_base_model(save_tiny_model(tmp_path / "b", tokenizer=tokenizer), quantization=None)
-    base.model.embed_tokens.weight.data[5, 7] += 0.5
+    next(p for name, p in base.named_parameters() if where in name).data[5, 7] += 0.5
     base.save_pretrained(tmp_path / "c")
-    return load_base_model(str(tmp_path / "c"))
+    return load_base_model(str(tmp_path / "c"), quantization=quantization)
 
 
 def edited_file(name, old, new):

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -259,6 +260,17 @@ def test_prune_counts_only_whole_ones(tmp_path):
     assert store.prune(["a", "b"], at_least=2) == []
     assert store.prune(["a", "c"], at_least=1) == ["a", "c"]  # b is whole and stays
     assert store.is_valid("b")
+
+
+def test_prune_counts_a_state_once(tmp_path):
+    store = LocalStore(tmp_path)
+    for name, step in (("before", 1), ("old", 2), ("new", 2)):
+        publish(store, name, step=step)
+    shutil.copytree(tmp_path, tmp_path / "damaged", ignore=shutil.ignore_patterns("damaged"))
+    damaged = LocalStore(tmp_path / "damaged")
+    flip(tmp_path / "damaged/new")
+    for each, removed in ((store, ["old"]), (damaged, [])):
+        assert each.prune(["before", "old"], at_least=2, state=lambda item: item.metadata["step"]) == removed
 
 
 # Faults: an error is raised, and the last good one is byte for byte what it was

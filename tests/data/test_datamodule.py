@@ -158,6 +158,30 @@ def test_weights_repeat_rows(folder):
     assert [s.rows_kept for s in module.report.sources] == [30, 7]
 
 
+def test_weights_hold_for_validation_and_test_too(folder):
+    train, other = str(folder / "train.jsonl"), str(folder / "validation.jsonl")
+    module = data(folder, validation=[DataSource(train, weight=0.2), other], test=DataSource(other, weight=2.0))
+    module.setup()
+    rows = all_rows(module.val_dataloader())
+    assert len({row for row in rows if row < 30}) == 6
+    assert sorted(row for row in rows if row >= 30) == list(range(30, 37))
+    assert sorted(all_rows(module.test_dataloader())) == sorted([*range(7)] * 2)
+    module = data(folder, validation=DataSource(other, weight=0.01))
+    with pytest.raises(ValueError, match="The weights of the validation sources leave no row. Raise them"):
+        module.setup()
+
+
+def test_held_out_rows_are_used_once_whatever_their_weight(folder):
+    source = DataSource(str(folder / "train.jsonl"), weight=2.0)
+    module = SFTDataModule(
+        source, tokenizer=tiny_tokenizer(), max_length=192, validation_fraction=0.2, cache_dir=str(folder / "cache")
+    )
+    module.setup("fit")
+    held_out = all_rows(module.val_dataloader())
+    assert len(held_out) == 6
+    assert sorted(all_rows(module.train_dataloader()) + held_out * 2) == sorted([*range(30)] * 2)
+
+
 def test_test_and_predict(folder):
     module = data(folder, test=str(folder / "validation.jsonl"), predict=str(folder / "questions.jsonl"), batch_size=2)
     recorder = Recorder()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_qlora.data import formats, json_values, messages, preference, readers, tables
-from lightning_qlora.data.formats import COLUMNS, FORMATS, TASKS, check_columns, parse_row, recognise_format
+from lightning_qlora.data import columns, formats, json_values, messages, preference, readers, tables
+from lightning_qlora.data.columns import COLUMNS
+from lightning_qlora.data.formats import FORMATS, TASKS, parse_row, recognise_format
 from lightning_qlora.schema import Completion, Conversation, Message, Origin, PreferenceRow, RowRefused, UnpairedRow
 
 ORIGIN = Origin("rows.jsonl", 7)
@@ -70,12 +72,48 @@ GOOD = {
         "alpaca",
         (Message("system", "Be brief"), HI, HELLO, Message("user", "Bye"), Message("assistant", "Ciao")),
     ),
+    "alpaca with an answer": ({"instruction": "Hi", "answer": "Hello"}, "alpaca", (HI, HELLO)),
+    "alpaca with input and answer": (
+        {"instruction": "Translate", "input": "Hi", "answer": "Hallo"},
+        "alpaca",
+        (Message("user", "Translate\n\nHi"), Message("assistant", "Hallo")),
+    ),
+    "instruction and query": (
+        {"instruction": "Translate", "query": "Hi", "answer": "Hallo"},
+        "alpaca",
+        (Message("user", "Translate\n\nHi"), Message("assistant", "Hallo")),
+    ),
+    "instruction, context and question": (
+        {"instruction": "Read", "context": "Facts", "question": "Who?", "response": "Ann"},
+        "alpaca",
+        (Message("user", "Read\n\nFacts\n\nWho?"), Message("assistant", "Ann")),
+    ),
+    "instruction and prompt": (
+        {"instruction": "Translate", "prompt": "Hi", "answer": "Hallo"},
+        "alpaca",
+        (Message("user", "Translate\n\nHi"), Message("assistant", "Hallo")),
+    ),
+    "alpaca written out as prompt": (
+        {"instruction": "Hi", "output": "Hello", "prompt": "### Instruction:\nHi\n\n### Response:"},
+        "alpaca",
+        (HI, HELLO),
+    ),
+    "alpaca with reasoning": (
+        {"instruction": "Hi", "reasoning": "Greet.", "output": "Hello"},
+        "alpaca",
+        (HI, Message("assistant", "Hello", reasoning="Greet.")),
+    ),
     "prompt and completion": ({"prompt": "Hi", "completion": "Hello"}, "prompt_completion", (HI, HELLO)),
     "question and answer": ({"question": "Hi", "answer": "Hello", "id": 3}, "prompt_completion", (HI, HELLO)),
     "prompt and completion as messages": (
         {"prompt": [USER, ASSISTANT, USER], "completion": [ASSISTANT]},
         "prompt_completion",
         (HI, Message("assistant", "Hello", train=False), HI, HELLO),
+    ),
+    "prompt and completion as messages in JSON text": (
+        {"prompt": json.dumps([USER]), "completion": f"\n{json.dumps([ASSISTANT])} "},
+        "prompt_completion",
+        (HI, HELLO),
     ),
     "prompt as messages, completion as text": (
         {"prompt": [USER], "completion": "Hello"},
@@ -143,6 +181,9 @@ JUDGED = {
     "turns": {"prompt": [USER], "completion": [ASSISTANT], "label": True},
     "messages": {"messages": [USER, ASSISTANT], "label": True},
     "a number": {"messages": [USER, ASSISTANT], "label": 1},
+    "a number with a point": {"messages": [USER, ASSISTANT], "label": 1.0},
+    "a text": {"prompt": "Hi", "completion": "Hello", "label": "True"},
+    "a number as text": {"prompt": "Hi", "completion": "Hello", "label": "1"},
     "sharegpt": {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}], "label": True},
     "alpaca": {"instruction": "Hi", "output": "Hello", "label": True},
 }
@@ -169,8 +210,53 @@ def test_a_judged_answer_ends_a_chat_and_may_call_tools():
 def test_supervised_runs_learn_answers_that_were_judged_good():
     row = parse_row({"messages": [USER, ASSISTANT, USER, ASSISTANT], "label": True}, ORIGIN)
     assert [message.train for message in row.messages] == [None, False, None, None]
-    # A label that is a class says nothing about the answer.
-    assert parse_row({"prompt": "Hi", "completion": "Hello", "label": 2}, ORIGIN).messages == (HI, HELLO)
+
+
+CLASSES = st.text(max_size=6) | st.integers() | st.floats() | st.none() | st.lists(st.booleans(), max_size=1)
+
+
+@given(label=CLASSES.filter(lambda label: str(label).strip().lower() not in ("0", "1", "0.0", "1.0", "true", "false")))
+def test_a_label_that_is_a_class_says_nothing_about_the_answer(label):
+    record = {"prompt": "Hi", "completion": "Hello", "label": label}
+    assert recognise_format(record) == "prompt_completion"
+    assert parse_row(record, ORIGIN).messages == (HI, HELLO)
+
+
+@pytest.mark.parametrize("label", [False, 0, 0.0, "false", "False", " FALSE ", "0", "0.0"])
+def test_every_way_to_write_a_bad_answer(label):
+    record = {"prompt": "Hi", "completion": "Hello", "label": label}
+    assert not parse_row(record, ORIGIN, task="unpaired").desirable
+    with pytest.raises(RowRefused, match=r"unwanted-answer.*format: prompt_completion"):
+        parse_row(record, ORIGIN)
+    # The way out where the label is a class after all.
+    assert parse_row(record, ORIGIN, format="prompt_completion").messages == (HI, HELLO)
+
+
+ABOUT_CHATS = {
+    "an object of another kind": [{"name": "Ann", "role": "CEO"}],
+    "a journey": [{"from": "Berlin", "to": "Paris"}],
+    "an exchange rate": [{"from": "EUR", "to": "USD", "value": 1.1}],
+    "a whole chat": [USER, ASSISTANT],
+    "turns and others": [ASSISTANT, {"note": "x"}],
+    "numbers": [1, 2],
+    "nothing": [],
+    "an object": ASSISTANT,
+}
+
+
+@pytest.mark.parametrize("case", ABOUT_CHATS)
+def test_json_that_is_no_part_of_a_chat_stays_text(case):
+    text = json.dumps(ABOUT_CHATS[case])
+    assert parse_row({"prompt": "Hi", "completion": text}, ORIGIN).messages[1].content == text
+    assert parse_row({"prompt": text, "completion": "Hello"}, ORIGIN).messages[0].content == text
+
+
+@given(
+    text=st.text(st.sampled_from('[{"role:,x\\}]'), max_size=30).map(lambda text: "x[" + text) | st.text(max_size=30)
+)
+def test_other_texts_pass_unchanged(text):
+    row = row_or_verdict({"prompt": "Hi", "completion": text}, "auto", "sft")
+    assert isinstance(row, RowRefused) or row.messages[1].content == text
 
 
 def test_answers_in_the_prompt_of_a_pair_are_context():
@@ -182,31 +268,6 @@ def test_answers_in_the_prompt_of_a_pair_are_context():
 def test_equal_answers_are_no_pair_but_supervise():
     record = {"prompt": "Hi", "chosen": "Hello", "rejected": "Hello"}
     assert parse_row(record, ORIGIN, format="preference").messages == (HI, HELLO)
-
-
-COLUMN_CASES = {
-    "single turn": ({"q": "Hi", "a": "Hello", "text": "noise"}, {"prompt": "q", "completion": "a"}, (HI, HELLO)),
-    "swapped names": ({"input": "Hello", "output": "Hi"}, {"prompt": "output", "completion": "input"}, (HI, HELLO)),
-    "messages": ({"dialogue": [USER, ASSISTANT], "tools": []}, {"messages": "dialogue"}, (HI, HELLO)),
-    "keys of messages": (
-        {"turns": [{"speaker": "user", "said": "Hi"}, {"speaker": "bot", "said": "Hello"}]},
-        {"messages": "turns", "role": "speaker", "content": "said"},
-        (HI, HELLO),
-    ),
-    "alpaca": ({"task": "Hi", "result": "Hello"}, {"instruction": "task", "output": "result"}, (HI, HELLO)),
-}
-
-
-@pytest.mark.parametrize("case", COLUMN_CASES)
-def test_columns(case):
-    record, columns, expected = COLUMN_CASES[case]
-    check_columns(columns)
-    assert parse_row(record, ORIGIN, columns=columns).messages == expected
-
-
-def test_unknown_field_in_columns_is_an_error_of_the_configuration():
-    with pytest.raises(ValueError, match=r"'promt'.*Allowed.*prompt, completion"):
-        check_columns({"promt": "q"})
 
 
 def test_unknown_format_is_an_error_of_the_configuration():
@@ -226,6 +287,8 @@ VERDICTS = [
     ("missing-column", {"q": "Hi"}, {"columns": {"prompt": "q", "completion": "a"}}),
     ("missing-column", {"text": "Hi"}, {"format": "alpaca"}),
     ("missing-column", {"text": "Hi"}, {"format": "messages"}),
+    ("unread-column", {"instruction": "Translate", "input": "Hi", "answer": "x"}, {"format": "prompt_completion"}),
+    ("unread-column", {"instruction": "Translate", "input": "Hi", "answer": "x"}, {"format": "raw_completion"}),
     ("not-a-pair", chat(USER, ASSISTANT), {"task": "preference"}),
     ("not-a-pair", JUDGED["texts"], {"task": "preference"}),
     ("not-a-pair", {"text": "Hi"}, {"task": "unpaired"}),
@@ -321,7 +384,7 @@ def documented_reasons() -> set[str]:
 def raised_reasons() -> set[str]:
     """The reasons that the code of the rows' modules names: hyphenated words passed to an error."""
     found = set()
-    for module in (formats, json_values, messages, preference):
+    for module in (columns, formats, json_values, messages, preference):
         for node in ast.walk(ast.parse(Path(module.__file__).read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call):
                 found |= {a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)}
@@ -344,6 +407,16 @@ def test_reasons_of_files_are_raised_by_readers():
         "broken-csv",
         "duplicate-key",
     }
+
+
+def test_a_text_in_a_run_over_judged_answers_is_told_all_that_is_allowed():
+    with pytest.raises(RowRefused, match=r"not-a-pair.*allowed: chosen \+ rejected, or a chat.* with label"):
+        parse_row({"text": "x", "label": True}, ORIGIN, task="unpaired")
+
+
+def test_an_explicit_prompt_wins_over_an_instruction():
+    record = {"instruction": "Translate", "prompt": "Hi", "completion": "Hello"}
+    assert parse_row(record, ORIGIN, format="prompt_completion").messages == (HI, HELLO)
 
 
 def test_unknown_shape_lists_what_was_found_and_what_is_known():

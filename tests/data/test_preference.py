@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from lightning_qlora.data.formats import parse_row
 from lightning_qlora.data.json_values import BadRowError
 from lightning_qlora.data.preference import parse_pair
-from lightning_qlora.schema import Message, Origin
+from lightning_qlora.schema import Message, Origin, RowRefused
 
 HI, HELLO, WHAT = Message("user", "Hi"), Message("assistant", "Hello"), Message("assistant", "What?")
 USER, GOOD, BAD = ({"role": m.role, "content": m.content} for m in (HI, HELLO, WHAT))
@@ -39,6 +41,20 @@ SHAPES = {
         "chosen": [USER, GOOD],
         "rejected": [USER, BAD],
     },
+    "answers as JSON text": {"prompt": "Hi", "chosen": json.dumps([GOOD]), "rejected": json.dumps([BAD])},
+    "whole conversations as JSON text": {"chosen": json.dumps([USER, GOOD]), "rejected": json.dumps([USER, BAD])},
+    "UltraFeedback as JSON text": {
+        "prompt": "Hi",
+        "messages": json.dumps([USER, GOOD]),
+        "chosen": json.dumps([USER, GOOD]),
+        "rejected": json.dumps([USER, BAD]),
+    },
+    "the chosen conversation again, as JSON text": {
+        "messages": json.dumps([USER, GOOD]),
+        "chosen": json.dumps([USER, GOOD]),
+        "rejected": json.dumps([USER, BAD]),
+    },
+    "prompt as JSON text": {"prompt": json.dumps([USER]), "chosen": "Hello", "rejected": "What?"},
     "dialogues as text": {
         "chosen": "\n\nHuman: Hi\n\nAssistant: Hello",
         "rejected": "\n\nHuman: Hi\n\nAssistant: What?",
@@ -50,6 +66,18 @@ SHAPES = {
 def test_shapes(shape):
     row = parse_row(SHAPES[shape], Origin("f", 1), task="preference")
     assert (row.prompt, row.chosen, row.rejected) == ((HI,), (HELLO,), (WHAT,))
+
+
+def test_answers_in_json_of_another_kind_are_texts():
+    chosen, rejected = '[{"name": "Ann", "role": "CEO"}]', '[{"name": "Ann"}]'
+    row = parse_row({"prompt": "Hi", "chosen": chosen, "rejected": rejected}, Origin("f", 1), task="preference")
+    assert (row.chosen, row.rejected) == ((Message("assistant", chosen),), (Message("assistant", rejected),))
+
+
+def test_turns_in_json_text_get_the_verdicts_of_turns():
+    record = {"prompt": "Hi", "chosen": json.dumps([GOOD, {**BAD, "role": "narrator"}]), "rejected": "What?"}
+    with pytest.raises(RowRefused, match="unknown-role"):
+        parse_row(record, Origin("f", 1), task="preference")
 
 
 def test_implicit_prompt_is_the_longest_shared_part():

@@ -31,6 +31,13 @@ def test_prompts_and_messages_are_read(tmp_path):
     assert third.tools[0]["function"]["name"] == "f"
 
 
+def test_null_counts_as_absent(tmp_path):
+    chat = [{"role": "user", "content": "Hi"}]
+    path = write(tmp_path / "q.jsonl", {"prompt": "Hi", "messages": None}, {"prompt": None, "messages": chat})
+    first, second = read_prompts(path)
+    assert first.messages == second.messages
+
+
 def test_a_reference_answer_is_not_shown(tmp_path):
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "secret"}]
     (prompt,) = read_prompts(write(tmp_path / "q.jsonl", {"messages": turns}))
@@ -45,6 +52,8 @@ def test_a_reference_answer_is_not_shown(tmp_path):
         ("[1]", "unknown-shape"),
         ({"question": "x"}, "unknown-shape"),
         ({"prompt": "x", "messages": []}, "unknown-shape"),
+        ({"messages": None}, "unknown-shape: the line is an object with the keys 'messages'; allowed"),
+        ({"prompt": None, "messages": None}, "unknown-shape"),
         ({"prompt": "  "}, "empty-user-turn"),
         ({"prompt": 3}, "content-not-text"),
         ({"messages": [{"role": "system", "content": "x"}]}, "no-prompt"),

@@ -114,7 +114,7 @@ def as_zst(content: bytes) -> bytes:
     return zstandard.compress(content[:half]) + zstandard.compress(content[half:])
 
 
-@pytest.mark.parametrize(("suffix", "compress"), [(".gz", gzip.compress), (".zst", as_zst)])
+@pytest.mark.parametrize(("suffix", "compress"), [(".gz", gzip.compress), (".zst", as_zst), (".GZ", gzip.compress)])
 def test_compressed_lines_and_damaged_archives(suffix, compress, tmp_path):
     content = b"".join(b'{"n": %d}\n' % n for n in range(20_000))
     path = tmp_path / f"rows.jsonl{suffix}"

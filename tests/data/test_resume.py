@@ -9,7 +9,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import BatchSizeFinder, Callback, LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tiny_chats import Recorder, fit, make_data, write_chats
 from tiny_pairs import pair_data, write_pairs
@@ -258,7 +258,10 @@ def test_a_position_is_used_once_and_only_where_lightning_agrees():
     current = SimpleNamespace(ready=3, processed=3)
     batches = SimpleNamespace(current=current, total=SimpleNamespace(processed=9), is_last_batch=False)
     trainer: Any = SimpleNamespace(
-        fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=batches)), world_size=1
+        fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=batches)),
+        world_size=1,
+        num_training_batches=9,
+        overfit_batches=0,
     )
     position = TrainingPosition()
     assert position.begin(trainer, 0) == 0
@@ -272,6 +275,45 @@ def test_a_position_is_used_once_and_only_where_lightning_agrees():
         position.load_state_dict(state, 1)
         with pytest.raises(MisconfigurationException, match="rows would be lost or repeated"):
             position.begin(trainer, epoch)
+
+
+@pytest.mark.parametrize(
+    ("change", "saved_after", "said"),
+    [
+        ({"limit_train_batches": 3}, 4, "has only 3 batches. Give back limit_train_batches, overfit_batches"),
+        ({"overfit_batches": 3}, 4, "has only 3 batches. Give back limit_train_batches, overfit_batches"),
+        ({"overfit_batches": 5}, 10, "overfit_batches trains on other batches. Resume without it"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:You requested to overfit:UserWarning")
+def test_an_epoch_that_has_become_shorter_is_named(folder, tmp_path, change, saved_after, said):
+    trainer = {"max_epochs": 2, "limit_val_batches": 0}
+    whole = fit(data(folder), callbacks=[save_everywhere(tmp_path, **STEPS)], **trainer)
+    assert len(whole.seen) == 2 * 7
+    checkpoint = str(next(tmp_path.glob(f"*step={saved_after}.ckpt")))
+    with pytest.raises(MisconfigurationException, match=said):
+        fit(data(folder), ckpt_path=checkpoint, **trainer, **change)
+
+
+class _Search(LearningRateFinder):
+    def lr_find(self, trainer, module) -> None:
+        module.lr = 0.1
+        super().lr_find(trainer, module)
+
+
+def test_a_search_for_the_rate_at_resumption_is_named(folder, tmp_path):
+    trainer = {"max_epochs": 2, "limit_val_batches": 0}
+    fit(data(folder), callbacks=[save_everywhere(tmp_path, **STEPS)], **trainer)
+    with pytest.raises(MisconfigurationException, match="as LearningRateFinder and BatchSizeFinder begin it"):
+        fit(data(folder), ckpt_path=str(next(tmp_path.glob("*step=2.ckpt"))), callbacks=[_Search()], **trainer)
+
+
+def test_a_batch_size_that_was_found_is_trained_with(folder):
+    padded = data(folder, packing=False, tokens_per_batch=None, batch_size=1)
+    finder = BatchSizeFinder(max_trials=3, steps_per_trial=1, init_val=1)
+    module = fit(padded, Recorder(ask_for_steps=True), callbacks=[finder], max_epochs=1, limit_val_batches=0)
+    assert padded.batch_size == 4
+    assert [len(rows) for _, _, rows in module.seen[-3:]] == [4, 4, 4]
 
 
 def test_identity_goes_by_the_batches_and_names_what_they_are_made_of():

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from lightning_qlora.data.mixing import mix
 from lightning_qlora.data.sources import (
     DataSource,
     Sources,
@@ -328,6 +329,65 @@ def test_a_dataset_id(monkeypatch, tmp_path):
     assert estimated_rows(source) == 2
     other = DataSource("owner/name", split="test", subset="main", revision="v2", streaming=True)
     assert source_fingerprint(source) != source_fingerprint(other)
+
+
+def test_estimates_of_long_lines_keep_a_mix_even(tmp_path):
+    for name, length in (("long", 70_000), ("middling", 40_000), ("short", 1)):
+        lines = [json.dumps({"prompt": name, "completion": "x" * length}) for _ in range(100)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+        assert abs(estimated_rows(str(tmp_path / f"{name}.jsonl")) - 100) <= 1
+    names = [found.messages[0].content for found in mix([str(path) for path in sorted(tmp_path.iterdir())])]
+    assert all(abs(names[:150].count(name) - 50) <= 2 for name in ("long", "middling", "short"))
+
+
+@pytest.mark.parametrize("content", ["", "{}", "{}\n{}", "{}\n{}\n"])
+def test_estimates_count_a_last_line_that_does_not_end(content, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(content)
+    assert estimated_rows(str(tmp_path / "rows.jsonl")) == max(1, len(content.split()))
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "rows.arrow"])
+def test_a_damaged_table_is_named_where_its_rows_are_counted(name, tmp_path):
+    (tmp_path / name).write_bytes(b"nothing of the kind")
+    with pytest.raises(ValueError, match=rf"{name} cannot be read as the table"):
+        mix(str(tmp_path / name))
+
+
+TABLE = ("prompt", "completion"), ("a,b", "c")
+LINES = "".join(json.dumps({"prompt": "a,b", "completion": "c"}) + "\n" for _ in range(2)).encode()
+SEPARATED = {sep: "\n".join(sep.join(f'"{cell}"' for cell in row) for row in TABLE).encode() for sep in ",\t"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("A.TSV", SEPARATED["\t"]),
+        ("A.Tsv.GZ", gzip.compress(SEPARATED["\t"])),
+        ("x.tsv.csv", SEPARATED[","]),
+        ("x.csv.tsv", SEPARATED["\t"]),
+        ("B.JSONL.GZ", gzip.compress(LINES)),
+        ("B.jsonl.ZST", zstandard.compress(LINES)),
+    ],
+    ids=lambda value: value if type(value) is str else "",  # an archive holds the time
+)
+def test_suffixes_in_capitals_and_several_of_them(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    assert {found.messages[0].content for found in read_rows(str(tmp_path / name))} == {"a,b"}
+
+
+def test_labels_and_turns_in_text_cells(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt,completion,label\nQ,A,true\nQ,B,False\nQ,C,1\nQ,D,0\n")
+    assert [found.desirable for found in read_rows(str(path), "unpaired")] == [True, False, True, False]
+    kept = [getattr(found, "reason", "good") for found in read_rows(str(path))]
+    assert kept == ["good", "unwanted-answer", "good", "unwanted-answer"]
+
+    path = tmp_path / "pairs.tsv"
+    good, bad = ([{"role": "assistant", "content": text}] for text in ("A", "B"))
+    cells = ["Q", *(json.dumps(side).replace('"', '""') for side in (good, bad))]
+    path.write_text("prompt\tchosen\trejected\n" + "\t".join(f'"{cell}"' for cell in cells))
+    [pair] = read_rows(str(path), "preference")
+    assert [turn.content for turn in (*pair.prompt, *pair.chosen, *pair.rejected)] == ["Q", "A", "B"]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "b.json", "deeper/x.parquet", "e.NDJSON"])

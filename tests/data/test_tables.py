@@ -11,7 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_qlora.data.readers import Selection
-from lightning_qlora.data.tables import open_dataset, read_arrow, read_csv, read_dataset, read_parquet
+from lightning_qlora.data.tables import (
+    count_arrow,
+    count_parquet,
+    open_dataset,
+    read_arrow,
+    read_csv,
+    read_dataset,
+    read_parquet,
+    read_tsv,
+)
 from lightning_qlora.schema import Origin, RowRefused
 
 ALL = Selection()
@@ -24,10 +33,10 @@ def verdicts(entries):
     ]
 
 
-def csv_verdicts(tmp_path, content: bytes, name="rows.csv", selection=ALL):
-    path = tmp_path / name
+def csv_verdicts(tmp_path, content: bytes):
+    path = tmp_path / "rows.csv"
     path.write_bytes(content)
-    return verdicts(read_csv(path, "f", selection))
+    return verdicts(read_csv(path, "f", ALL))
 
 
 def test_csv_fields_with_breaks_quotes_and_long_text(tmp_path):
@@ -40,7 +49,8 @@ def test_csv_fields_with_breaks_quotes_and_long_text(tmp_path):
 
 
 def test_tab_separated(tmp_path):
-    assert csv_verdicts(tmp_path, b"a\tb\n1,2\t3\n", "rows.tsv") == [(2, {"a": "1,2", "b": "3"})]
+    (tmp_path / "rows").write_bytes(b"a\tb\n1,2\t3\n")
+    assert verdicts(read_tsv(tmp_path / "rows", "f", ALL)) == [(2, {"a": "1,2", "b": "3"})]
 
 
 @pytest.mark.parametrize(
@@ -129,12 +139,16 @@ def test_tables_by_position(kind, selection, table, tmp_path):
 @pytest.mark.parametrize("kind", TABLES)
 def test_damaged_tables_are_an_error(kind, table, tmp_path):
     write, read = TABLES[kind]
+    count = count_parquet if kind == "parquet" else count_arrow
     write(table, tmp_path / "rows")
+    assert count(tmp_path / "rows", "f") == 2500
     content = (tmp_path / "rows").read_bytes()
     for damaged in (b"nothing of the kind", content[:-500], b""):
         (tmp_path / "rows").write_bytes(damaged)
         with pytest.raises(ValueError, match="^f cannot be read"):
             list(read(tmp_path / "rows", "f", ALL))
+        with pytest.raises(ValueError, match="^f cannot be read"):
+            count(tmp_path / "rows", "f")
 
 
 def test_nulls_that_arrow_fills_in_are_taken_out(tmp_path):
@@ -177,6 +191,25 @@ def test_saved_datasets(tmp_path):
     assert verdicts(read_dataset(opened, "f", ALL)) == [(1, {"text": "a"})]
     with pytest.raises(ValueError, match=r"no split 'test'. Allowed for split: train, dev"):
         open_dataset(str(tmp_path / "two"), saved=True, **{**HUB, "split": "test"})
+
+
+def test_what_is_asked_of_a_saved_dataset_is_there_or_is_an_error(tmp_path):
+    data = datasets.Dataset.from_dict({"text": ["a"]}, split="train")
+    data.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict({"train": data}).save_to_disk(str(tmp_path / "two"))
+    for folder in (str(tmp_path / "one"), str(tmp_path / "two")):
+        for split in ("train", None):
+            assert open_dataset(folder, saved=True, **{**HUB, "split": split})["text"] == ["a"]
+        with pytest.raises(ValueError, match=r"has no split 'test'. Allowed for split: train"):
+            open_dataset(folder, saved=True, **{**HUB, "split": "test"})
+        for option in ("subset", "revision"):
+            with pytest.raises(ValueError, match=rf"{option} 'x'.*belong to dataset ids. Leave them out"):
+                open_dataset(folder, saved=True, **{**HUB, option: "x"})
+
+
+def test_a_saved_dataset_without_a_name_is_any_split(tmp_path):
+    datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(str(tmp_path / "one"))
+    assert open_dataset(str(tmp_path / "one"), saved=True, **{**HUB, "split": "test"})["text"] == ["a"]
 
 
 @pytest.mark.parametrize("streamed", [False, True])

@@ -128,6 +128,22 @@ def test_dropping_the_only_supervised_turn_refuses_the_row():
     (shortened,) = fit_rows(CharacterTemplate(), [row], 12)
     assert shortened.result.reason == "no-supervised-tokens"
     assert shortened.outcome == "turns-dropped"
+    assert "32 tokens, longer than max_length=12" in shortened.result.detail
+    assert "no turn that is to be trained on is left" in shortened.result.detail
+
+
+def test_any_other_refusal_of_what_remains_says_that_turns_were_dropped():
+    class Picky(CharacterTemplate):
+        def encode(self, row: Row) -> TokenizedRow:
+            if row.messages[0].content == "bbbb":
+                raise RowRefused("prompt-not-prefix", "Another prompt.", row.origin)
+            return super().encode(row)
+
+    row = chat(("user", "aaaa"), ("assistant", "AAAA"), ("user", "bbbb"), ("assistant", "BBBB"))
+    (shortened,) = fit_rows(Picky(), [row], 20)
+    assert (shortened.result.reason, shortened.outcome) == ("prompt-not-prefix", "turns-dropped")
+    assert "25 tokens, longer than max_length=20" in shortened.result.detail
+    assert "Another prompt." in shortened.result.detail
 
 
 def test_everything_else_of_the_row_survives_dropping():

@@ -11,9 +11,12 @@ from lightning.pytorch.plugins.precision import BitsandbytesPrecision
 from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import LoraConfig
+from tiny import tiny_tokenizer
 from tiny_models import random_batch, save_tiny_model
+from tiny_training import TinyChats
 from torch.utils.data import DataLoader
 
+from lightning_qlora.callbacks import PredictionWriter
 from lightning_qlora.modules import SFTModule, WarmupCosine, WarmupLinear, special_tokens
 
 
@@ -244,6 +247,25 @@ def test_generation_stops_at_stop_tokens_and_leaves_training_mode(base, tmp_path
     module.stop_token_ids = (free[0][3],)
     stopped = module.generate(ids, torch.ones_like(ids), max_new_tokens=8)
     assert stopped[0] == free[0][: free[0].index(free[0][3])]
+
+
+@pytest.mark.filterwarnings("ignore:Couldn't infer the batch indices")
+def test_answers_of_several_loaders_are_written_in_their_order(tmp_path):
+    tokenizer = tiny_tokenizer("chatml")
+    module = build(save_tiny_model(tmp_path / "base", tokenizer=tokenizer), max_new_tokens=2)
+    data = TinyChats(tokenizer)
+    ids = torch.full((2, 3), 5)
+    names = [[("a", "b"), ("c", "d")], [("e", "f")]]
+    loaders = [
+        [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "rows": [{"name": n} for n in two]} for two in one]
+        for one in names
+    ]
+    data.predict_dataloader = lambda: [DataLoader(batches, batch_size=None) for batches in loaders]
+    predictions = trainer(tmp_path, callbacks=[PredictionWriter()]).predict(module, datamodule=data)
+    assert [len(of_one) for of_one in predictions] == [2, 1]
+    rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert "".join(row["name"] for row in rows) == "abcdef"
+    assert all(isinstance(row["answer"], str) for row in rows)
 
 
 class _Gradients(L.Callback):

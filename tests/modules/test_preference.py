@@ -22,6 +22,7 @@ from tiny_preferences import (
     tiny_preference_module,
     unpaired_batches,
 )
+from tiny_run import TinyPairs
 from torch.utils.data import DataLoader
 
 from lightning_qlora.callbacks import AdapterCheckpoint
@@ -332,6 +333,22 @@ def test_metrics_are_exact_however_the_answers_are_cut(base, loss):
         assert measured["val_kl"] == pytest.approx(float(ratio[batch["mismatched"]].mean()), rel=1e-4, abs=1e-5)
 
 
+def test_each_loader_is_measured_by_itself_also_before_training(base):
+    module = built(base, lr=1e-2)
+    loaders = [loader(pair_batches(2, seed=seed)) for seed in (3, 4)]
+    trainer().validate(module, loaders, verbose=False)
+    run = trainer(max_epochs=2)
+    run.fit(module, loader(pair_batches(3)), loaders)
+    fitted = {name: float(value) for name, value in run.callback_metrics.items()}
+    tested = trainer().test(module, loaders, verbose=False)
+    for index, one in enumerate(loaders):
+        alone = trainer().validate(module, one, verbose=False)[0]
+        assert len({*alone, "val_loss", "val_reward_margin", "val_length_difference", "val_nll"}) == len(alone) == 11
+        for name, value in alone.items():
+            assert fitted[f"{name}/dataloader_idx_{index}"] == value
+            assert tested[index][f"{name.replace('val_', 'test_')}/dataloader_idx_{index}"] == value
+
+
 def test_training_learns_to_prefer(base):
     module = tiny_preference_module(base, lr=1e-2)
     run = trainer(max_epochs=8)
@@ -343,6 +360,29 @@ def test_training_learns_to_prefer(base):
 
 
 # Checkpoints
+
+
+class SaveInside(L.Callback):
+    """In the middle of the second epoch of three batches."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == 5:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("loss", [DPOLoss(), ORPOLoss()], ids=["dpo", "orpo"])
+def test_a_resumed_epoch_is_measured_whole(base, loss, tmp_path):
+    path, found = tmp_path / "inside.ckpt", []
+    for callbacks, resume in (([SaveInside(path)], None), ([], path)):
+        module = tiny_preference_module(base, loss=loss, mean_chosen_tokens=4.5, lr=1e-2)
+        run = trainer(max_epochs=2, callbacks=callbacks, num_sanity_val_steps=0)
+        run.fit(module, datamodule=TinyPairs(batches=3), ckpt_path=resume)
+        found.append({name: float(value) for name, value in run.callback_metrics.items() if "train" in name})
+    assert found[0]["train_reward_margin"] != 0
+    assert found[0] == found[1]
 
 
 class SaveHalfway(L.Callback):

@@ -3,11 +3,13 @@ import math
 
 import lightning as L
 import pytest
+import tiny_run
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import LoraConfig
 from tiny import tiny_tokenizer
 from tiny_models import FAMILIES, pack_batch, random_batch, save_tiny_model
+from tiny_ranks import run_ranks
 from tiny_training import TinyChats, tiny_sft_module, tiny_trainer
 from torch.utils.data import DataLoader
 
@@ -114,6 +116,170 @@ def test_metrics_weigh_each_token_the_same_however_the_rows_are_cut(tmp_path):
     loss = module.token_loss(whole[0])
     assert one["val_loss"] == pytest.approx(float(loss.loss_sum.detach()) / loss.num_tokens, rel=1e-5)
     assert one["val_perplexity"] == pytest.approx(math.exp(one["val_loss"]), rel=1e-5)
+
+
+# Metrics over loaders, runs and resumptions
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("base"), num_hidden_layers=1)
+
+
+def loader(*lengths, seed):
+    return DataLoader([random_batch((n,), seed=seed + n) for n in lengths], batch_size=None)
+
+
+def test_validation_before_training_changes_nothing(base_folder, tmp_path):
+    data, found = (loader(9, 5, seed=0), loader(7, 12, seed=50)), []
+    for validates in (False, True):
+        torch.manual_seed(0)
+        module = tiny_run.tiny_module(base_folder, dropout=0.0)
+        module.configure_model()
+        for _ in range(2):  # the second time, validation has followed training too
+            trainer = tiny_run.tiny_trainer(tmp_path, enable_checkpointing=False)
+            if validates:
+                trainer.validate(module, data[1], verbose=False)
+            trainer.fit(module, *data)
+        found.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+    assert found[0] == found[1]
+
+
+def test_each_loader_is_measured_by_itself(base_folder, tmp_path):
+    module = tiny_run.tiny_module(base_folder)
+    loaders = [loader(9, 5, seed=0), loader(30, seed=50)]
+    trainer = tiny_run.tiny_trainer(tmp_path, num_sanity_val_steps=1, enable_checkpointing=False)
+    trainer.fit(module, loader(9, seed=100), loaders)
+    fitted = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val_")}
+    names = ("loss", "perplexity", "token_accuracy")
+    assert fitted.keys() == {f"val_{name}/dataloader_idx_{i}" for name in names for i in range(2)}
+    tested = [{}, *tiny_run.tiny_trainer(tmp_path).test(module, loaders, verbose=False)]
+    for index, one in enumerate(loaders):
+        alone = tiny_run.tiny_trainer(tmp_path).validate(module, one, verbose=False)[0]
+        for name in names:
+            assert fitted[f"val_{name}/dataloader_idx_{index}"] == alone[f"val_{name}"]
+            assert tested[index + 1][f"test_{name}/dataloader_idx_{index}"] == alone[f"val_{name}"]
+    assert not any("metrics" in name for name in module.state_dict())
+
+
+class Save(L.Callback):
+    """After every batch, and what an error leaves, as Lightning's ModelCheckpoint does."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer, *_):
+        trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt")
+
+    def on_exception(self, trainer, *_):
+        trainer.save_checkpoint(self.folder / "error.ckpt")
+
+
+class Fail(L.Callback):
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if trainer.global_step == 5:
+            raise RuntimeError("on purpose")
+
+
+def epoch_metrics(trainer):
+    return {n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith("train_") and n != "train_loss"}
+
+
+def fit(base, root, *callbacks, ckpt_path=None, module=None, lr=1e-2, **options):
+    L.seed_everything(0)
+    trainer = tiny_run.tiny_trainer(root, *callbacks, max_epochs=2, enable_checkpointing=False, **options)
+    module = module or tiny_run.tiny_module(base, dropout=0.0, lr=lr, lr_scheduler=None)
+    trainer.fit(module, datamodule=tiny_run.TinyData(batches=4), ckpt_path=ckpt_path)
+    return trainer
+
+
+@pytest.mark.parametrize("step", [3, 4, 5, 7])
+def test_a_resumed_epoch_is_measured_whole(base_folder, tmp_path, step):
+    straight = fit(base_folder, tmp_path, Save(tmp_path))
+    resumed = fit(base_folder, tmp_path, ckpt_path=tmp_path / f"{step}.ckpt")
+    assert epoch_metrics(straight)["train_perplexity"] > 1
+    assert epoch_metrics(resumed) == epoch_metrics(straight)
+
+
+def test_an_epoch_that_max_steps_cut_short_is_measured_whole(base_folder, tmp_path):
+    cut = fit(base_folder, tmp_path, max_steps=6)
+    cut.save_checkpoint(tmp_path / "cut.ckpt")  # Lightning has reset the metrics by now
+    resumed = fit(base_folder, tmp_path, ckpt_path=tmp_path / "cut.ckpt")
+    assert epoch_metrics(resumed) == epoch_metrics(fit(base_folder, tmp_path))
+
+
+def test_a_batch_that_failed_is_measured_once(base_folder, tmp_path):
+    module = tiny_run.tiny_module(base_folder, dropout=0.0, lr=0.0, lr_scheduler=None)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        fit(base_folder, tmp_path, Save(tmp_path), Fail(), module=module)
+    found = [fit(base_folder, tmp_path, module=module, ckpt_path=path) for path in (tmp_path / "error.ckpt", None)]
+    assert epoch_metrics(found[0]) == epoch_metrics(found[1]) == epoch_metrics(fit(base_folder, tmp_path, lr=0.0))
+
+
+def test_a_fit_that_broke_off_leaves_nothing_to_the_next_steps(base_folder, tmp_path):
+    straight = fit(base_folder, tmp_path)
+    module = tiny_run.tiny_module(base_folder, dropout=0.0, lr=1e-2, lr_scheduler=None)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        fit(base_folder, tmp_path, Save(tmp_path), Fail(), module=module)
+    fit(base_folder, tmp_path, module=module, ckpt_path=tmp_path / "error.ckpt")
+    expected = tiny_run.trained_tensors(straight.lightning_module)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in tiny_run.trained_tensors(module).items())
+
+
+class BreakOff(L.Callback):
+    def on_validation_batch_end(self, *_):
+        raise RuntimeError("on purpose")
+
+
+def test_a_validation_that_broke_off_is_not_measured(base_folder, tmp_path):
+    module, data = tiny_run.tiny_module(base_folder), loader(9, 5, seed=0)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        tiny_run.tiny_trainer(tmp_path, BreakOff()).validate(module, loader(30, seed=50), verbose=False)
+    found = tiny_run.tiny_trainer(tmp_path).validate(module, data, verbose=False)
+    assert found == tiny_run.tiny_trainer(tmp_path).validate(module, data, verbose=False)
+
+
+def test_sums_are_for_the_run_that_goes_on_with_them(base_folder, tmp_path):
+    module, path = tiny_run.tiny_module(base_folder, dropout=0.0, lr=0.0, lr_scheduler=None), tmp_path / "6.ckpt"
+    straight = fit(base_folder, tmp_path, Save(tmp_path), module=module)
+    data = tiny_run.TinyData(batches=4)
+    tiny_run.tiny_trainer(tmp_path).validate(module, datamodule=data, ckpt_path=path, verbose=False)
+    assert epoch_metrics(fit(base_folder, tmp_path, module=module)) == epoch_metrics(straight)
+
+    old = torch.load(path, weights_only=True)
+    assert old["lightning_qlora"].pop("train_sums")["batches"] == 2
+    torch.save(old, tmp_path / "old.ckpt")  # of a version that kept none
+    rest = fit(base_folder, tmp_path, ckpt_path=tmp_path / "old.ckpt", lr=0.0)
+    assert epoch_metrics(rest)["train_perplexity"] != epoch_metrics(straight)["train_perplexity"]
+
+
+@pytest.mark.filterwarnings("ignore")  # of the forked processes
+def test_two_ranks_measure_each_loader_by_itself(base_folder, tmp_path):
+    loaders = [loader(9, 5, seed=0), loader(30, 8, seed=50)]
+
+    def run(**options):
+        trainer = tiny_run.tiny_trainer(tmp_path, use_distributed_sampler=False, **options)
+        mine = [list(one)[trainer.global_rank :: trainer.world_size] for one in loaders]
+        mine = [DataLoader(batches, batch_size=None) for batches in mine]
+        return trainer.validate(tiny_run.tiny_module(base_folder), mine, verbose=False)
+
+    expected = run()
+    for found in run_ranks(tmp_path / "ranks", functools.partial(run, devices=2, strategy="ddp")):
+        assert found == [pytest.approx(values, rel=1e-5) for values in expected]
+
+
+@pytest.mark.filterwarnings("ignore")  # of the forked processes
+def test_two_ranks_go_on_with_the_sums_of_each(base_folder, tmp_path):
+    path = tmp_path / "checkpoints"
+
+    def run(**options):
+        trainer = fit(base_folder, tmp_path, Save(path), devices=2, strategy="ddp", **options)
+        return epoch_metrics(trainer)
+
+    straight = run_ranks(tmp_path / "straight", run)
+    resumed = run_ranks(tmp_path / "resumed", functools.partial(run, ckpt_path=path / "3.ckpt"))
+    assert straight[0]["train_perplexity"] > 1
+    assert resumed == straight == [straight[0]] * 2
 
 
 @pytest.mark.parametrize("plan", ["none", "selective", "full"])

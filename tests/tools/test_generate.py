@@ -68,14 +68,14 @@ def test_answers_a_file(base, adapter, tokenizer, tmp_path, capsys):
         {"id": "b", "messages": [{"role": "system", "content": "Own."}, {"role": "user", "content": "What?"}]},
     ]
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "q.txt").write_text("Hi\n\nWhat?\n")
+    (tmp_path / "q.txt").write_text("Hi\n\nWhat?\u2028Now\n", encoding="utf-8")
 
     options = {"max_new_tokens": 6, "system": "Given."}
     generate(adapter, file=str(tmp_path / "q.jsonl"), output=str(tmp_path / "out" / "a.jsonl"), **options)
     written = [json.loads(line) for line in (tmp_path / "out" / "a.jsonl").read_text(encoding="utf-8").splitlines()]
     assert capsys.readouterr().out == ""
     generate(adapter, file=str(tmp_path / "q.txt"), **options)
-    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    printed = [json.loads(line) for line in capsys.readouterr().out.split("\n") if line]
 
     assert [row["answer"] for row in written] == [
         expected(base, tokenizer, "Hi", adapter, system="Given."),
@@ -83,7 +83,7 @@ def test_answers_a_file(base, adapter, tokenizer, tmp_path, capsys):
     ]
     assert (written[0]["id"], written[0]["reference"], written[0]["stopped"]) == ("a", "Hello!", False)
     assert [row["answer"] for row in printed] == [
-        expected(base, tokenizer, prompt, adapter, system="Given.") for prompt in ("Hi", "What?")
+        expected(base, tokenizer, prompt, adapter, system="Given.") for prompt in ("Hi", "What?\u2028Now")
     ]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.jsonl"]
 

@@ -3,9 +3,12 @@
 from pathlib import Path
 
 import pytest
+import tiny_adapters
 
+from lightning_qlora.checkpoints.identity import IdentityMismatchError
 from lightning_qlora.checkpoints.publishing import LocalStore
-from lightning_qlora.tools.loading import find_adapters, name_folders, sampling_options
+from lightning_qlora.model import load_base_model
+from lightning_qlora.tools.loading import find_adapters, load_for_answers, name_folders, sampling_options
 
 
 @pytest.mark.parametrize(
@@ -49,6 +52,22 @@ def test_refuses_no_adapter_and_the_same_one_twice(tmp_path):
         find_adapters(str(tmp_path))
     with pytest.raises(ValueError, match="given twice"):
         find_adapters([str(folder), str(folder)])
+
+
+def test_an_adapter_that_moves_the_base_is_loaded_alone(base, tokenizer, tmp_path):
+    options = {"tokenizer": tokenizer, "manifest": True}
+    olora, plain = (
+        Path(tiny_adapters.write_adapter(tmp_path / str(init), base, init_lora_weights=init, **options))
+        for init in ("olora", True)
+    )
+    load_for_answers({"olora": olora})
+    other = load_base_model(base, quantization=None)
+    other.model.layers[0].self_attn.q_proj.weight.data[5, 7] += 0.5
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(IdentityMismatchError, match=r"here:\n  base\.quantized_tensors: published with"):
+        load_for_answers({"olora": olora}, str(tmp_path / "other"))
+    with pytest.raises(ValueError, match="'olora' was begun with init_lora_weights='olora'.*ask it alone"):
+        load_for_answers({"olora": olora, "plain": plain})
 
 
 def test_only_options_that_change_something_are_passed_on():

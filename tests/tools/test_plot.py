@@ -50,7 +50,7 @@ def write_answers(folder, step, after):
         "after": {"answer": after},
     }
     (folder / "answers").mkdir(exist_ok=True)
-    (folder / "answers" / f"step_{step}.jsonl").write_text(json.dumps(row) + "\n")
+    (folder / "answers" / f"step_{step}.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @pytest.fixture
@@ -68,6 +68,13 @@ def test_a_run_is_found_by_any_folder_above_its_metrics(run):
     assert found.series["train_loss"].steps == list(range(0, 100, 10))
     assert found.series["val_loss"].values == [0.5]
     assert [answers.step for answers in found.answers] == [50, 100]
+
+
+def test_answers_may_hold_any_line_separator(run):
+    folder, texts = run / "logs" / "version_0", ["one\u2028two", "one\u2029two", "one\x85two"]
+    for step, text in enumerate(texts):
+        write_answers(folder, step, text)
+    assert [answers.rows[0]["after"]["answer"] for answers in read_run(str(run)).answers[: len(texts)]] == texts
 
 
 def test_a_resumed_run_goes_on_where_it_was_interrupted(run):

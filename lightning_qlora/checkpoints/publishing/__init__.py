@@ -17,7 +17,7 @@ from lightning_qlora.checkpoints.publishing.manifest import (
     Published,
     read_manifest,
 )
-from lightning_qlora.checkpoints.publishing.remote import RemoteStore, open_store
+from lightning_qlora.checkpoints.publishing.remote import RemoteStore, newest_of_run, open_store
 from lightning_qlora.checkpoints.publishing.store import LATEST_NAME, CheckpointStore
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "NoValidCheckpointError",
     "Published",
     "RemoteStore",
+    "newest_of_run",
     "open_store",
     "read_manifest",
     "verify",

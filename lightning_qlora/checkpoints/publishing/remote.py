@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Collection, Mapping
@@ -118,6 +119,19 @@ def open_store(root: str | Path) -> CheckpointStore:
     if scheme in ("file", "local"):
         return LocalStore(rest)
     return RemoteStore(str(root))
+
+
+def newest_of_run(folder: str | Path) -> Published | None:
+    """Return the newest whole checkpoint in a folder, or in ``checkpoints`` in it; ``None`` if neither ever held one.
+
+    Raises:
+        NoValidCheckpointError: If there are checkpoints, and all of them are damaged.
+    """
+    for place in (str(folder), os.path.join(folder, "checkpoints")):
+        store = open_store(place)
+        if store.latest() is not None or store.published():  # not just anybody's adapters side by side
+            return store.newest_valid()
+    return None
 
 
 def _is_folder(entry: Mapping[str, Any]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -199,13 +199,20 @@ class CheckpointStore(ABC):
             return False
         return True
 
-    def prune(self, names: Iterable[str], at_least: int = 2, among: Collection[str] | None = None) -> list[str]:
+    def prune(
+        self,
+        names: Iterable[str],
+        at_least: int = 2,
+        among: Collection[str] | None = None,
+        state: Callable[[Published], Hashable] = lambda item: item.name,
+    ) -> list[str]:
         """Remove checkpoints, but never below ``at_least`` that verify at this moment.
 
         Args:
             names: What may go. Names that are not there are passed over.
             at_least: How many whole checkpoints must stay.
             among: Those that count as staying, such as the ones of the same run; ``None`` for all.
+            state: Tells of a checkpoint what it holds; several of the same count as one.
 
         Returns:
             The names that were removed.
@@ -213,17 +220,18 @@ class CheckpointStore(ABC):
         doomed = set(names).intersection(self.candidates())
         if not doomed:
             return []
-        newest_first = [item.name for item in self.published()]
+        newest_first = self.published()
         # Those that stay anyway are counted first; then the newest of the doomed are spared as needed.
-        valid = 0
-        for name in sorted(newest_first, key=lambda name: name in doomed):
-            if valid >= at_least:
+        valid: set[Hashable] = set()
+        for item in sorted(newest_first, key=lambda item: item.name in doomed):
+            if len(valid) >= at_least:
                 break
-            if (among is None or name in among) and self.is_valid(name):
-                valid += 1
-                doomed.discard(name)
-        removed = [name for name in reversed(newest_first) if name in doomed]
-        removed += sorted(doomed.difference(removed)) if valid >= at_least else []
+            counts = (among is None or item.name in among) and state(item) not in valid
+            if counts and self.is_valid(item.name):
+                valid.add(state(item))
+                doomed.discard(item.name)
+        removed = [item.name for item in reversed(newest_first) if item.name in doomed]
+        removed += sorted(doomed.difference(removed)) if len(valid) >= at_least else []
         for name in removed:
             self._remove(name)
         return removed

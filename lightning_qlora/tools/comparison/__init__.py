@@ -1,6 +1,6 @@
 """What the subcommand ``compare`` is made of: asking, findings, limits, failures to learn from, outputs."""
 
-from lightning_qlora.tools.comparison.asking import Decoding, ask_adapters, ask_merged, refuse_changed_base
+from lightning_qlora.tools.comparison.asking import Decoding, ask_adapters, ask_merged
 from lightning_qlora.tools.comparison.failures import preference_pairs, training_rows
 from lightning_qlora.tools.comparison.findings import Comparison, Limit, Participant, compare_participants
 from lightning_qlora.tools.comparison.limits import Limits, describe_missed, judge_limits
@@ -23,7 +23,6 @@ __all__ = [
     "judge_limits",
     "preference_pairs",
     "read_previous",
-    "refuse_changed_base",
     "render_page",
     "to_record",
     "training_rows",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedModel
 
 from lightning_qlora.checkpoints.identity import identify_tokenizer, refuse_differences
@@ -19,7 +19,6 @@ from lightning_qlora.evaluation import (
     Question,
     adapters_off,
     answer_questions,
-    changes_base,
     encode_prompts,
     encode_references,
 )
@@ -27,7 +26,7 @@ from lightning_qlora.model import load_base_model
 from lightning_qlora.tools.comparison.findings import Participant
 from lightning_qlora.tools.loading import to_gpu
 
-__all__ = ["BASE", "Decoding", "ask_adapters", "ask_merged", "refuse_changed_base"]
+__all__ = ["BASE", "Decoding", "ask_adapters", "ask_merged"]
 
 BASE = "base"
 """The name of the base among the participants."""
@@ -80,22 +79,6 @@ def ask_adapters(
         sheet = _ask(model, template, questions, name, decoding)
         participants.append(Participant("adapter", str(folder), questions, sheet))
     return participants
-
-
-def refuse_changed_base(adapters: Mapping[str, Path]) -> None:
-    """Refuse adapters that have taken a part out of the base: neither it nor others could answer beside them.
-
-    Raises:
-        ValueError: Names the adapter.
-    """
-    for name, folder in adapters.items():
-        config = PeftConfig.from_pretrained(str(folder))
-        if changes_base(config):
-            raise ValueError(
-                f"The adapter {name!r} was begun with init_lora_weights={config.init_lora_weights!r}, which moves a "
-                "part of the base into it: neither the base nor another adapter could answer beside it. Save it as "
-                "plain LoRA (PEFT's path_initial_model_for_weight_conversion), or merge it and write --merged."
-            )
 
 
 def ask_merged(

@@ -181,7 +181,7 @@ def _read_answers(files: Sequence[Path]) -> tuple[Answers, ...]:
         for path in (file.parent / "answers").glob("step_*.jsonl"):
             name = _ANSWERS.fullmatch(path.name)
             if name is not None:
-                rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+                rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
                 found[int(name[1])] = Answers(int(name[1]), rows)
     return tuple(found[step] for step in sorted(found))
 
