@@ -17,6 +17,7 @@ from lightning_qlora.checkpoints.identity import identify_base
 from lightning_qlora.losses.log_probs import head_log_probs
 from lightning_qlora.losses.preference import AnswerLogProbs, DPOLoss, PreferenceLoss, PreferenceTerms
 from lightning_qlora.modules.base import CHECKPOINT_KEY, CausalLMModule
+from lightning_qlora.modules.measured import Measured
 from lightning_qlora.modules.metrics import Stage, StageMetrics
 from lightning_qlora.modules.preference_metrics import PreferenceMetrics
 from lightning_qlora.modules.reference import REFERENCE_ADAPTER, ReferenceTable, adapter_digest, use_adapter
@@ -33,7 +34,7 @@ _START_TOLERANCE_16_BIT = 2e-2
 """The same where products are rounded to 16 bits, which no two ways to compute them round alike."""
 
 
-class PreferenceModule(CausalLMModule):
+class PreferenceModule(Measured, CausalLMModule):
     r"""Preference alignment of a 4-bit base with adapters: DPO, ORPO and their kin.
 
     The reference is never a second base. It is the base without adapters where training starts from the base, and a
@@ -307,26 +308,12 @@ class PreferenceModule(CausalLMModule):
             "write init_lora_weights: true. Reference log-probabilities must come from this base and adapter."
         )
 
-    @override
-    def on_validation_start(self) -> None:
-        self.metrics.start("val")
-
-    @override
-    def on_test_start(self) -> None:
-        self.metrics.start("test")
-
     # Checkpoints
-
-    @override
-    def on_train_start(self) -> None:
-        super().on_train_start()
-        self.metrics.start_training(self.trainer)
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint[CHECKPOINT_KEY] |= {"kl": float(self._kl), "reference": self._reference_record}
-        checkpoint[CHECKPOINT_KEY]["train_sums"] = self.metrics.sums_to_save(self.trainer)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -334,7 +321,6 @@ class PreferenceModule(CausalLMModule):
         self._check_reference(checkpoint[CHECKPOINT_KEY].get("reference", self._reference_record))
         self._kl = torch.tensor(checkpoint[CHECKPOINT_KEY].get("kl", 0.0))
         self._is_start_checked = True  # trained adapters are no longer where they started
-        self.metrics.load_sums(checkpoint[CHECKPOINT_KEY].get("train_sums"))
 
     def _check_reference(self, saved: dict[str, str] | None) -> None:
         """Refuse to go on against another reference: rewards would be measured from another zero."""

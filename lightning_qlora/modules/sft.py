@@ -8,14 +8,15 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_qlora.losses.cross_entropy import TokenLoss, head_cross_entropy
-from lightning_qlora.modules.base import CHECKPOINT_KEY, CausalLMModule
+from lightning_qlora.modules.base import CausalLMModule
+from lightning_qlora.modules.measured import Measured
 from lightning_qlora.modules.metrics import ExactMean, MeanPerplexity, Stage, StageMetrics
 from lightning_qlora.schema import SFTBatch
 
 __all__ = ["SFTModule"]
 
 
-class SFTModule(CausalLMModule):
+class SFTModule(Measured, CausalLMModule):
     """Supervised fine-tuning of a 4-bit base with adapters.
 
     Logs ``train_loss`` at each optimizer step (exact over its micro-batches and ranks), and per epoch
@@ -55,31 +56,6 @@ class SFTModule(CausalLMModule):
     @override
     def test_step(self, batch: SFTBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         self._step(batch, "test", dataloader_idx)
-
-    @override
-    def on_validation_start(self) -> None:
-        self.metrics.start("val")
-
-    @override
-    def on_test_start(self) -> None:
-        self.metrics.start("test")
-
-    # Checkpoints
-
-    @override
-    def on_train_start(self) -> None:
-        super().on_train_start()
-        self.metrics.start_training(self.trainer)
-
-    @override
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        checkpoint[CHECKPOINT_KEY]["train_sums"] = self.metrics.sums_to_save(self.trainer)
-
-    @override
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        self.metrics.load_sums(checkpoint[CHECKPOINT_KEY].get("train_sums"))
 
 
 def _metrics(stage: Stage) -> nn.ModuleDict:
