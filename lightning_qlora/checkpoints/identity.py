@@ -27,7 +27,6 @@ from lightning_qlora.ranks import agree
 
 __all__ = [
     "FIELDS",
-    "INITIALISATIONS_OF_THE_BASE",
     "Difference",
     "IdentityMismatchError",
     "TensorDigest",
@@ -40,9 +39,6 @@ __all__ = [
     "package_versions",
     "refuse_differences",
 ]
-
-INITIALISATIONS_OF_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""How PEFT's ``init_lora_weights`` begin that move a part of the base into the adapters."""
 
 FIELDS = ("base", "quantization", "adapter", "tokenizer", "chat_template", "data")
 """The parts of an identity, by the names that an override takes."""
@@ -404,10 +400,15 @@ def check_adapter(
     return published
 
 
-def changes_base(adapter: PeftConfig) -> bool:
-    """Whether an adapter's initialisation moves a part of the base into it, so that without it there is no base."""
-    init = getattr(adapter, "init_lora_weights", True)
-    return isinstance(init, str) and init.lower().startswith(INITIALISATIONS_OF_THE_BASE)
+def changes_base(adapter: PeftConfig | Mapping[str, Any]) -> bool:
+    """Whether an adapter's initialisation moves a part of the base into it, so that without it there is no base.
+
+    Args:
+        adapter: Its configuration, or the options of ``adapter_config.json``.
+    """
+    options = adapter if isinstance(adapter, Mapping) else vars(adapter)
+    init = options.get("init_lora_weights")
+    return isinstance(init, str) and init.lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga"))
 
 
 def _short(value: Any) -> str:

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import BitsAndBytesConfig
 
-from lightning_qlora.checkpoints.identity import INITIALISATIONS_OF_THE_BASE
+from lightning_qlora.checkpoints.identity import changes_base
 from lightning_qlora.model import Quantization, resolve_quantization
 
 __all__ = [
@@ -164,9 +164,8 @@ def check_optimizer(saved: Mapping[str, str | None] | None, here: Mapping[str, s
 def _meaning(lora: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that decide what adapters compute, and how the base was changed to begin with."""
     options = {name: lora[name] for name in _LORA_OPTIONS if name in lora}
-    start = str(lora.get("init_lora_weights")).lower()
-    changes_base = start.startswith(INITIALISATIONS_OF_THE_BASE)
-    return options | ({"init_lora_weights": start if changes_base else True} if "init_lora_weights" in lora else {})
+    start = str(lora.get("init_lora_weights")).lower() if changes_base(lora) else True
+    return options | ({"init_lora_weights": start} if "init_lora_weights" in lora else {})
 
 
 def _storage(quantization: Quantization) -> dict[str, Any] | None:

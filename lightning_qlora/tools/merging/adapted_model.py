@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from lightning_qlora.checkpoints.identity import INITIALISATIONS_OF_THE_BASE, TensorDigest
+from lightning_qlora.checkpoints.identity import TensorDigest, changes_base
 from lightning_qlora.tools.merging.base_weights import BaseWeights, quantized
 from lightning_qlora.tools.merging.training_record import adapter_options
 
@@ -64,8 +64,8 @@ def read_lora_config(adapter: Path) -> LoraConfig:
             raise ValueError(
                 f"{str(adapter)!r} uses {option}, which is not merged: {reason}. Serve the adapter with PEFT instead."
             )
-    start = str(options.get("init_lora_weights")).lower()
-    if start.startswith(INITIALISATIONS_OF_THE_BASE):
+    if changes_base(options):
+        start = options["init_lora_weights"].lower()
         raise ValueError(
             f"{str(adapter)!r} was initialised by {start}, which changed the base weights under it, and the folder "
             "does not hold them. Save it once more by PEFT's save_pretrained with "
