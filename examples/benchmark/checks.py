@@ -69,11 +69,23 @@ def _own_step(options: argparse.Namespace, batch: Any) -> tuple[Step, Adapters, 
         base = module.model.get_base_model()
         plan, dtype = module.layer_plan or "full", dtype_on(torch.device(options.device))
         compile_decoder(base, checkpointed_layers(base), plan, dtype=dtype)
-    with _autocast(options.device):
+    rehearsals = 2 if options.cuda_graphs == "true" else 0
+    if rehearsals:  # fit does so when it starts
+        module._supervised_forward.record(module.layer_plan, is_compiled=options.compile_layers, is_asked_for=True)
+    for _ in range(1 + rehearsals):
+        module.zero_grad()
+        loss = _mean_loss(module, batch, options.device)  # whose graph nobody keeps: then it could not be recorded
+    assert module.graph_replays == bool(rehearsals)
+    step = Step(loss, _gradients(module.model))
+    return step, _adapters(module.model), is_fused(module)
+
+
+def _mean_loss(module: Any, batch: Any, device: str) -> float:
+    """Compute gradients and return the loss."""
+    with _autocast(device):
         loss = module.token_loss(batch)
     loss.loss_sum.backward()
-    step = Step(loss.loss_sum.item() / loss.num_tokens, _gradients(module.model))
-    return step, _adapters(module.model), is_fused(module)
+    return float(loss.loss_sum.item() / loss.num_tokens)
 
 
 def _plain_step(options: argparse.Namespace, batch: Any, adapters: Adapters, exact: bool) -> Step:

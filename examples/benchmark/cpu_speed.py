@@ -118,6 +118,7 @@ def compare(cli: QLoRACLI, rounds: int, steps: int) -> dict[str, Any]:
     """Let both train in turn; return what each took."""
     batches = batches_of(cli, rounds * steps)
     clip, cli.model.lr_scheduler = cli.trainer.gradient_clip_val, None
+    cli.model.trainer = cli.trainer  # without one a base goes to the GPU where there is one
     torch.manual_seed(0)
     own = Own(cli.model, clip)
     torch.manual_seed(0)
@@ -143,18 +144,25 @@ def compare(cli: QLoRACLI, rounds: int, steps: int) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Measure and print one JSON line."""
+def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=QUICKSTART)
     parser.add_argument("--rounds", type=int, default=5, help="turns of each")
     parser.add_argument("--steps", type=int, default=11, help="of a turn")
-    options, extra = parser.parse_known_args()
+    known, extra = parser.parse_known_args(arguments)
+    known.extra = extra  # those of fit
+    return known
+
+
+def main() -> None:
+    """Measure and print one JSON line."""
+    options = parse(sys.argv[1:])
     with redirect_stdout(sys.stderr), warnings.catch_warnings():
         for said in (".*does not have many workers", "LightningCLI's args parameter", ".*no `val_dataloader`"):
             warnings.filterwarnings("ignore", message=said)
         cli = QLoRACLI(
-            [f"--config={options.config}", "--trainer.accelerator=cpu", "--trainer.callbacks=[]", *extra], run=False
+            [f"--config={options.config}", "--trainer.accelerator=cpu", "--trainer.callbacks=[]", *options.extra],
+            run=False,
         )
         result = compare(cli, options.rounds, options.steps)
     versions = {library.__name__: library.__version__ for library in (torch, transformers, peft, bitsandbytes)}

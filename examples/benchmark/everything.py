@@ -7,7 +7,8 @@
 
 Lines are added to the file as they are measured, and what is there already is not measured again: a run that was cut
 short goes on where it stopped. Rounds are interleaved, own and peers in turn, and the page shows their medians: there,
-each measurement has a process of its own. Other groups share one, which imports its libraries once.
+each measurement has a process of its own. Other groups share one, which imports its libraries once. A base that is read
+is written beforehand, unless it is there.
 
 With ``--gpus 4`` four GPUs of a machine take one process after another from the list; a record then says how many were
 at work, since they share the host.
@@ -44,8 +45,16 @@ class Measurement(NamedTuple):
     repeated: bool = False
 
 
+_BASE, _SMALL_BASE = "CHECKPOINT", "CHECKPOINT-0.5b"  # in commands, for the folders of bases that are read
+MAKES = {
+    folder: Measurement("make", f"peers.py make {folder} --shape {shape}")
+    for folder, shape in ((_BASE, "8b"), (_SMALL_BASE, "0.5b"))
+}
+"""What writes each of them."""
+
+
 def _speed() -> list[Measurement]:
-    """Own runs, each beside the peers that do the same."""
+    """Own runs beside the peers on a large model."""
     beside = {
         "full2k --plan full": ["unsloth full2k", "trl-liger full2k", "trl full2k"],
         "full2k --plan selective_offload": [],
@@ -60,10 +69,28 @@ def _speed() -> list[Measurement]:
         "dpo --plan full": ["trl dpo"],
         "dpo --plan none": [],
     }
+    return _beside("speed", beside, _BASE)
+
+
+def _small() -> list[Measurement]:
+    """Own runs, with CUDA graphs and without, beside the peers on a small model, whose steps wait for the host."""
+    beside = {
+        "full2k --plan full": ["unsloth full2k"],
+        "full2k --plan full --cuda_graphs false": [],
+        "full2k --plan none": ["unsloth full2k --plan none", "trl-liger full2k --plan none"],
+        "full2k --plan none --cuda_graphs false": [],
+        "chat2k_pack --plan none": ["unsloth chat2k_pack --plan none"],
+        "chat2k_pack --plan none --cuda_graphs false": [],
+    }
+    return _beside("small", beside, _SMALL_BASE, " --shape 0.5b --steps 20 --warmup 6")
+
+
+def _beside(group: str, beside: dict[str, list[str]], base: str, more: str = "") -> list[Measurement]:
+    """Own runs, each beside the peers that do the same, all with the same further options."""
     found = []
     for own, peers in beside.items():
-        found.append(Measurement("speed", f"bench.py run {own}", repeated=True))
-        found += [Measurement("speed", f"peers.py run {peer} CHECKPOINT", repeated=True) for peer in peers]
+        commands = [f"bench.py run {own}", *(f"peers.py run {peer} {base}" for peer in peers)]
+        found += [Measurement(group, command + more, repeated=True) for command in commands]
     return found
 
 
@@ -71,9 +98,6 @@ def _own(group: str, *commands: str) -> list[Measurement]:
     """Own runs, one for each combination of values."""
     return [Measurement(group, " ".join(["bench.py", *words])) for each in commands for words in expand(each.split())]
 
-
-_CHECKPOINT = "CHECKPOINT"  # in commands, for the folder of the peers' base
-_MAKE = f"peers.py make {_CHECKPOINT}"
 
 MEASUREMENTS = [
     *_own(
@@ -87,8 +111,9 @@ MEASUREMENTS = [
     ),
     Measurement("floor", "floor.py"),
     Measurement("floor", "kernel_speed.py"),
-    Measurement("speed", _MAKE),
     *_speed(),
+    *_small(),
+    Measurement("start", f"start_speed.py {_BASE} --repeats 3"),
     *_own(
         "variants", "run full2k --plan full none --compile_layers", "run chat2k_pack --plan none --compile_layers",
         "run full2k --plan full none --fused_lora false", "run full2k --plan selective",
@@ -105,6 +130,7 @@ MEASUREMENTS = [
         "run full2k --plan selective_offload --shape 0.5b 14b --steps 6 --warmup 2",
         "run full2k --plan full --shape 70b --rows 1 --steps 3 --warmup 1",
     ),
+    *(Measurement("cpu", f"cpu_speed.py --model.init_args.dtype={dtype}") for dtype in ("bfloat16", "float32")),
 ]  # fmt: skip
 GROUPS = tuple(dict.fromkeys(each.group for each in MEASUREMENTS))
 
@@ -119,7 +145,7 @@ def plan(groups: list[str], rounds: int, containing: list[str] | None = None) ->
     """
 
     def is_chosen(each: Measurement) -> bool:
-        return each.command == _MAKE or containing is None or any(part in each.command for part in containing)
+        return containing is None or any(part in each.command for part in containing)
 
     chosen = [each for each in MEASUREMENTS if each.group in groups and is_chosen(each)]
     later = [(number, each) for number in range(1, rounds) for each in chosen if each.repeated]
@@ -128,6 +154,23 @@ def plan(groups: list[str], rounds: int, containing: list[str] | None = None) ->
 
 Batch: TypeAlias = list[tuple[int, Measurement]]
 """Measurements of one process, each with its round."""
+
+
+def makes(waiting: Batch, options: argparse.Namespace) -> Batch:
+    """Return what writes the bases that measurements read and that are not there."""
+    words = {word for _, each in waiting for word in each.command.split()}
+    return [(0, make) for base, make in MAKES.items() if base in words and not Path(placed(base, options)).exists()]
+
+
+def placed(word: str, options: argparse.Namespace) -> str:
+    """Return a word of a command, with the folder where bases are asked to be."""
+    return word.replace(_BASE, str(options.checkpoint))
+
+
+def arguments_of(command: str, options: argparse.Namespace) -> list[str]:
+    """Return what a script is called with; cpu_speed.py has one device and one model, and gets nothing added."""
+    script, *words = command.split()
+    return [*(placed(word, options) for word in words), *(options.extra if script != "cpu_speed.py" else [])]
 
 
 def batches(planned: list[tuple[int, Measurement]]) -> list[Batch]:
@@ -153,7 +196,7 @@ def measure(commands: list[str], options: argparse.Namespace, gpu: str | None = 
     """
     script, words = commands[0].split()[0], []
     for command in commands:
-        words += ["then", *command.replace(_CHECKPOINT, options.checkpoint).split()[1:], *options.extra]
+        words += ["then", *arguments_of(command, options)]
     arguments = [sys.executable, str(HERE / script), *words[1:]]
     late: list[bool] = []
     found, other = 0, []
@@ -218,10 +261,7 @@ class Session:
         done = {(each["round"], each["command"]) for each in known if "failed" not in each}
         planned = plan(options.groups, options.rounds, options.containing)
         waiting = [item for item in planned if (item[0], item[1].command) not in done]
-        makes = [item for item in waiting if item[1].command == _MAKE]
-        waiting = [item for item in waiting if item not in makes]
-        is_needed = any(_CHECKPOINT in each.command for _, each in waiting) and not Path(options.checkpoint).exists()
-        self.makes = batches(makes) if is_needed else []  # before what needs it
+        self.makes = batches(makes(waiting, options))
         self.queue = [part for batch in batches(waiting) for part in spread(batch, options.gpus)]
 
     def run(self) -> int:
@@ -287,12 +327,14 @@ def visible_gpus(count: int) -> list[str]:
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="file of JSON lines, read and added to")
-    parser.add_argument("--checkpoint", default="/tmp/base", help="folder for the peers' random checkpoint (16 GB)")
+    parser.add_argument(
+        "--checkpoint", type=Path, default=Path("/tmp/base"), help="folder for a random 8b base (16 GB), 0.5b beside it"
+    )
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument(
         "--containing", nargs="+", help='of these groups only commands with one of these in them, such as "rank 8"'
     )
-    parser.add_argument("--rounds", type=int, default=1, help="of the group speed")
+    parser.add_argument("--rounds", type=int, default=1, help="of the groups speed and small")
     parser.add_argument("--gpus", type=int, default=1, help="GPUs that measure side by side, each something else")
     parser.add_argument("--budget_s", type=float, default=float("inf"), help="no measurement begins later than this")
     parser.add_argument("--timeout_s", type=float, default=300, help="of one measurement")

@@ -135,10 +135,12 @@ def lora_of(options: argparse.Namespace) -> LoraConfig:
 
 def make_module(options: argparse.Namespace) -> Module | Preferences:
     kind: Any = Preferences if options.case == "dpo" else Module
+    choices = {"true": True, "false": False, "auto": "auto"}
     module: Module | Preferences = kind(
         "random", lora=lora_of(options), lr=options.lr, lr_scheduler=None, activation_checkpointing=options.plan,
-        fused_lora={"true": True, "false": False, "auto": "auto"}[options.fused_lora],
-        untrained_tokens="ignore", compile_layers=options.compile_layers, optimizer=OPTIMIZERS[options.optimizer],
+        fused_lora=choices[options.fused_lora],
+        untrained_tokens="ignore", compile_layers=options.compile_layers, cuda_graphs=choices[options.cuda_graphs],
+        optimizer=OPTIMIZERS[options.optimizer],
     )  # fmt: skip
     module.shape, module.cap_gib = options.shape, options.cap_gib
     return module
@@ -165,6 +167,7 @@ class Clock(L.Callback):
         self.first_step = self.built = 0.0
         self.plan: Any = None
         self.fused = False
+        self.graph_replays = 0
         self.memory: MemoryModel | None = None
 
     @override
@@ -192,6 +195,7 @@ class Clock(L.Callback):
         self.marks.append(self.mark())
         if self.on_gpu:
             torch.cuda.synchronize()
+        self.graph_replays = pl_module.graph_replays
         self.memory = memory_of_run(trainer, pl_module.model, trainer.optimizers)
 
     def mark(self) -> Any:

@@ -9,6 +9,7 @@ A figure is the median of its rounds. Nothing is shown whose measurement failed,
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -98,13 +99,12 @@ def speed(records: list[Record], floor: Record | None) -> list[str]:
             peers = [r for r in chosen if r["case"] == case and r["plan"] == limited_by and not _is_own(r)]
             beside = sorted(peers, key=lambda r: -r["tok_s"]) if plan == limited_by else []  # they have no other plans
             for record in [*mine, *beside]:
-                ratios = [of(record) / max(map(of, peers)) for of in _SPEEDS] if peers and _is_own(record) else []
                 limits = _limits(floor, limited_by) if case == "full2k" and plan != "auto" else []
                 shown = [_figure(record["tok_s"]), _figure(record["sup_tok_s"]), _figure(record["step_ms"]["p50"]),
                          _figure(record.get("peak_gib"), 2)]  # fmt: skip
                 of_floor = ", ".join(f"{record['tok_s'] / limit:.0%}" for limit in limits)
                 rows.append([CASE_TITLES[case], record.get("plan_used", plan), _name(record), *shown,
-                             ", ".join(f"{ratio:.2f} x" for ratio in ratios), of_floor])  # fmt: skip
+                             _to_best(record, peers), of_floor])  # fmt: skip
     head = ["rows", "recomputed", "trainer", "tokens/s", "supervised/s", "ms of the median step", "peak GiB",
             "to the best peer", "of the floor"]  # fmt: skip
     said = (
@@ -114,10 +114,42 @@ def speed(records: list[Record], floor: Record | None) -> list[str]:
     return ["## Speed and memory beside the peers", "", said, "", *_table(head, rows)]
 
 
+def _to_best(record: Record, peers: list[Record]) -> str:
+    """Compare an own run with the best peer, by each of the speeds."""
+    ratios = [of(record) / max(map(of, peers)) for of in _SPEEDS] if peers and _is_own(record) else []
+    return ", ".join(f"{ratio:.2f} x" for ratio in ratios)
+
+
 def _limits(floor: Record | None, plan: str) -> list[float]:
     """Return what the floor allows under a lasting load, and for a moment."""
     names = (f"lasting_tok_s_{plan}", f"tok_s_{plan}")
     return [floor[name] for name in names if name in floor] if floor is not None else []
+
+
+def small(records: list[Record]) -> list[str]:
+    """Draw own runs on a small model, with CUDA graphs and without, beside the peers'."""
+    chosen = [r for r in records if r["group"] == "small" and "tok_s" in r]
+    if not chosen:
+        return []
+    rows: list[list[object]] = []
+    for case, plan in itertools.product(CASE_TITLES, ("full", "none")):
+        alike = [r for r in chosen if (r["case"], r["plan"]) == (case, plan)]
+        peers = [r for r in alike if not _is_own(r)]
+        for r in sorted(alike, key=lambda r: (not _is_own(r), -r["tok_s"])):
+            rows.append([CASE_TITLES[case], r.get("plan_used", plan), _graphs(r), _name(r), _figure(r["tok_s"]),
+                         _figure(r["step_ms"]["p50"]), _figure(r.get("peak_gib"), 2), _to_best(r, peers)])  # fmt: skip
+    head = ["rows", "recomputed", "CUDA graphs", "trainer", "tokens/s", "ms of the median step", "peak GiB",
+            "to the best peer"]  # fmt: skip
+    said = (
+        f"The shape {chosen[0]['shape']}, whose kernels are over before the host has launched the next, unless a CUDA "
+        "graph launches all of them. The first ratio is of tokens/s, the second of the median steps."
+    )
+    return ["## A small model", "", said, "", *_table(head, rows)]
+
+
+def _graphs(record: Record) -> str:
+    """Tell whether steps of an own run were replayed, whatever was asked for."""
+    return ("yes" if record.get("graph_replays", 0) > 0 else "no") if _is_own(record) else ""
 
 
 def gates(records: list[Record]) -> list[str]:
@@ -228,6 +260,45 @@ def contexts(records: list[Record]) -> list[str]:
             for r in records if r["group"] == "context" and "context" in r]  # fmt: skip
     head = ["GiB allowed", "tokens that trained", "tokens estimated beforehand", "the most to try", "peak GiB"]
     return ["## The longest document, alone in its batch", "", *_table(head, rows)] if rows else []
+
+
+_PARTS = {
+    "imports and command line": "imported_s", "base with adapters": "built_s", "data and summary": "first_batch_s",
+    "first step": "first_step_s",
+}  # fmt: skip
+"""Of a start, each with what says when it was over."""
+
+
+def starts(records: list[Record]) -> list[str]:
+    """Draw what the command line does until its first step is over."""
+    lines: list[str] = []
+    for r in [r for r in records if r["group"] == "start" and "runs" in r]:
+        first, *later = [_parts(run) for run in r["runs"]]
+        rows: list[list[object]] = [["the first", *(_figure(seconds, 1) for seconds in first)]]
+        if later:
+            medians = map(statistics.median, zip(*later, strict=True))
+            rows.append([f"median of {len(later)} later", *(_figure(seconds, 1) for seconds in medians)])
+        said = (
+            f"In seconds, from a checkpoint of the shape {r['shape']} on the same machine. Where that is fresh, the "
+            "first run compiles kernels, which later ones find."
+        )
+        lines += [said, "", *_table(["run", *_PARTS, "all"], rows)]
+    return ["## From the command to the end of the first step", "", *lines] if lines else []
+
+
+def _parts(run: dict[str, float]) -> list[float]:
+    """Return the seconds of each part of a start, and of all of it."""
+    over = [run[name] for name in _PARTS.values()]
+    return [*(end - begin for begin, end in itertools.pairwise([0.0, *over])), over[-1]]
+
+
+def processors(records: list[Record]) -> list[str]:
+    """Draw the quickstart's step on a CPU beside that of plain code."""
+    rows = [[r["dtype"], r["threads"], _figure(r["own_step_ms"]), _figure(r["plain_step_ms"]),
+             f"{r['speed_ratio']:.2f} x", " to ".join(f"{of(r['speed_ratio_of_each_turn']):.2f}" for of in (min, max))]
+            for r in records if r["group"] == "cpu" and "speed_ratio" in r]  # fmt: skip
+    head = ["dtype", "threads", "ms of a step", "of plain code", "speed to plain code", "of single turns"]
+    return ["## The quickstart's step on a CPU", "", *_table(head, rows)] if rows else []
 
 
 def kernels(records: list[Record]) -> list[str]:
@@ -384,7 +455,8 @@ def render(records: list[Record], folder: Path) -> str:
         lines += [f"The floor (products, dequantisation and attention alone): {full} tokens/s with recomputation, "
                   f"{none} without; the first under a lasting load, the second for a moment.", ""]  # fmt: skip
     lines += speed(records, floor)
-    for part in (timelines, gates, curves, contexts, growth, optimizers, variants, several_gpus, peaks, kernels):
+    for part in (small, starts, processors, timelines, gates, curves, contexts, growth, optimizers, variants,
+                 several_gpus, peaks, kernels):  # fmt: skip
         lines += part(records)
     return "\n".join([*lines, *draw(records, floor, folder), *failures(records)]).rstrip() + "\n"
 

@@ -1,12 +1,13 @@
 """How long the command line takes to its first optimizer step, from a checkpoint that is on this machine.
 
     python examples/benchmark/peers.py make /tmp/base --shape 8b        # a random checkpoint in bfloat16, 16 GB
-    python examples/benchmark/start_speed.py /tmp/base --repeats 2
+    python examples/benchmark/start_speed.py /tmp/base --repeats 3
 
 Each run is `python -m lightning_qlora fit` in a process of its own: it imports, reads the checkpoint and quantises it,
 prepares 256 short chats (once; later runs find them), and takes a step. A callback notes when each of it was over, in
 seconds since the process was started. Whether the checkpoint is still in the host's memory decides how fast it is read:
-right after it was written, it is. Prints one JSON line a run.
+right after it was written, it is. Prints one JSON line: what each run noted, and the seconds of all of it in the first
+run, which on a fresh machine compiles kernels, and in the median of those behind it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,6 +27,7 @@ from typing import Any
 import lightning as L
 import psutil
 import torch
+from cases import SHAPES
 from typing_extensions import override
 
 HERE = Path(__file__).parent
@@ -103,21 +106,31 @@ def start(checkpoint: str, folder: Path, device: str) -> dict[str, Any]:
     return noted
 
 
-def main() -> None:
-    """Measure and print one JSON line a run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="folder of a base with a tokenizer")
-    parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    options = parser.parse_args()
+def measure(checkpoint: str, device: str, repeats: int) -> dict[str, Any]:
+    """Start so many times, one after the other; return what each noted."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "template.jinja").write_text(TEMPLATE, encoding="utf-8")
         lines = (json.dumps(chat) + "\n" for chat in chats(256))
         (folder / "chats.jsonl").write_text("".join(lines), encoding="utf-8")
-        for number in range(options.repeats):
-            noted = start(options.checkpoint, folder, options.device)
-            print(json.dumps({"run": number, "device": options.device, **noted}), flush=True)
+        runs = [start(checkpoint, folder, device) for _ in range(repeats)]
+    first, *later = [run["first_step_s"] for run in runs]
+    return {"first_s": first, "later_s": round(statistics.median(later), 2) if later else None, "runs": runs}
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="folder of a base with a tokenizer")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--shape", default="8b", choices=sorted(SHAPES), help="of the checkpoint, which is noted")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Measure and print one JSON line."""
+    options = parse(sys.argv[1:])
+    print(json.dumps({**vars(options), **measure(options.checkpoint, options.device, options.repeats)}), flush=True)
 
 
 if __name__ == "__main__":

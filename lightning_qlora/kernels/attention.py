@@ -52,6 +52,7 @@ __all__ = [
     "DOCUMENT_ATTENTION",
     "GRAPH_ATTENTION",
     "PackedDocuments",
+    "document_arguments",
     "document_attention",
     "packed_attention_arguments",
     "use_document_attention",
@@ -93,7 +94,7 @@ class PackedDocuments:
         self.shared_prompts = None if shared_prompts is None else tuple(shared_prompts)
         self.starts = starts
         self.keys = keys
-        self.longest = max(self.lengths)
+        self.count, self.longest = len(self.lengths), max(self.lengths)
         self.padded = padded_tokens(self.lengths) + (keys.total - sum(self.lengths) if keys is not None else 0)
         self.are_alike = len(set(self.lengths)) == 1 and self.shared_prompts is None
         self._masks: dict[int | None, BlockMask] = {}
@@ -142,7 +143,7 @@ def document_attention(
         return output.transpose(1, 2).contiguous(), None
     starts, shared_prompts = documents.starts, documents.shared_prompts
     if on_gpu(query) and documents.are_alike and sliding_window is None and softcap is None:
-        return _attend_alike(query, key, value, len(documents.lengths), scaling, dropout), None
+        return _attend_alike(query, key, value, documents.count, scaling, dropout), None
     is_complete = shared_prompts is None or documents.keys is not None
     if starts is not None and is_complete and softcap is None and not dropout:
         longest, padded, keys = documents.longest, documents.padded, documents.keys
@@ -327,10 +328,12 @@ def packed_attention_arguments(
         starts = document_offsets(document_lengths, input_ids.device)
         if shared_prompts is not None:
             keys = shared_keys(document_lengths, shared_prompts, input_ids.device)
-    return {
-        "attention_mask": input_ids.new_empty((1, 1, 0, 0)),
-        "documents": PackedDocuments(document_lengths, shared_prompts, starts, keys),
-    }
+    return document_arguments(input_ids, PackedDocuments(document_lengths, shared_prompts, starts, keys))
+
+
+def document_arguments(input_ids: Tensor, documents: PackedDocuments) -> dict[str, Tensor | PackedDocuments]:
+    """Return :func:`packed_attention_arguments` for documents that are described already."""
+    return {"attention_mask": input_ids.new_empty((1, 1, 0, 0)), "documents": documents}
 
 
 AttentionInterface.register(DOCUMENT_ATTENTION, _document_attention_outside_graphs)

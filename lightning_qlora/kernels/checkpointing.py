@@ -6,7 +6,9 @@ All plans compute the same gradients; they trade memory for recomputation and co
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from torch import nn
@@ -14,7 +16,16 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_qlora.kernels.host_offload import HostOffload, formed_again
 
-__all__ = ["OFFLOADING", "PLANS", "SELECTIVE", "MixedPlan", "Plan", "plan_of_layers", "set_checkpointing"]
+__all__ = [
+    "OFFLOADING",
+    "PLANS",
+    "SELECTIVE",
+    "MixedPlan",
+    "Plan",
+    "plan_of_layers",
+    "random_state_left_alone",
+    "set_checkpointing",
+]
 
 Plan: TypeAlias = Literal["none", "selective", "selective_offload", "full", "offload"]
 """What is kept between forward and backward: everything (``none``); all but the MLP's activations, with the MLP
@@ -83,11 +94,31 @@ def _checkpointing(layer: nn.Module, plan: Plan, offload: HostOffload) -> Callab
     """Return what calls a layer in training."""
     if plan == "none":
         return None
-    recompute: Callable[..., Any] = functools.partial(checkpoint, use_reentrant=False)
+    recompute: Callable[..., Any] = _recompute
     feed_forward = _feed_forward_of(layer) if plan in SELECTIVE else None
     if feed_forward is not None:
         recompute = functools.partial(_recompute_part, feed_forward)
     return functools.partial(offload if plan in OFFLOADING else formed_again, recompute)
+
+
+_restores_random_state = ContextVar("restores_random_state", default=True)
+
+
+@contextmanager
+def random_state_left_alone() -> Iterator[None]:
+    """Let layers that are called within, and draw no random numbers, be recomputed without setting their state back.
+
+    While a CUDA graph is recorded the state cannot be asked for.
+    """
+    before = _restores_random_state.set(False)
+    try:
+        yield
+    finally:
+        _restores_random_state.reset(before)
+
+
+def _recompute(function: Callable[..., Any], *args: Any) -> Any:
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=_restores_random_state.get())
 
 
 def _feed_forward_of(layer: nn.Module) -> nn.Module | None:
@@ -100,7 +131,7 @@ def _recompute_part(part: nn.Module, layer: Callable[..., Any], *args: Any) -> A
     """Call a layer one part of which keeps its input only."""
     attributes = vars(part)
     before = attributes.get("forward")
-    attributes["forward"] = functools.partial(checkpoint, part.forward, use_reentrant=False)
+    attributes["forward"] = functools.partial(_recompute, part.forward)
     try:
         return layer(*args)
     finally:

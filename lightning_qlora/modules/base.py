@@ -10,8 +10,6 @@ from typing import Any, ClassVar, Literal, Self
 import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.plugins.precision import MixedPrecision, Precision
-from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -32,7 +30,7 @@ from lightning_qlora.kernels.checkpointing import PLANS, MixedPlan, Plan
 from lightning_qlora.kernels.compilation import compile_decoder
 from lightning_qlora.kernels.elementwise import fuse_elementwise
 from lightning_qlora.kernels.lora import fuse_lora_if_equal
-from lightning_qlora.memory import autocast_dtype, choose_plan
+from lightning_qlora.memory import autocast_dtype, choose_plan, most_tokens
 from lightning_qlora.model import (
     Quantization,
     attach_adapters,
@@ -46,7 +44,7 @@ from lightning_qlora.modules.averaging import forget_missing, refuse_early_avera
 from lightning_qlora.modules.forward import SupervisedForward
 from lightning_qlora.modules.generation import generate_answers
 from lightning_qlora.modules.lr_schedulers import WarmupCosine
-from lightning_qlora.modules.precision import check_precision
+from lightning_qlora.modules.precision import check_precision, clip_gradients
 from lightning_qlora.modules.record import (
     allowed_by_callbacks,
     arguments_for,
@@ -117,6 +115,11 @@ class CausalLMModule(L.LightningModule):
         compile_layers: Compile whole decoder layers with torch.compile, for faster steps after a first one that takes
             up to a minute, less where the cache has the kernels; other lengths cost nothing more. Only norms and MLPs
             where a family has its own attention or a router; not in layers that follow a selective plan.
+        cuda_graphs: Launch a step's forward and backward pass as a whole, from the third batch on: a GPU is done with
+            the kernels of a small model, or of few tokens, before the host has launched the next. Packed batches are
+            padded to one size, and what the passes take of memory stays taken between steps. auto does so where that is
+            less than half of it, and algorithms need not be deterministic; true wherever it is possible, and says why
+            where it is not: several GPUs, plans that use host memory, dropout, compile_layers, hooks.
         untrained_tokens: What to do when the chat template writes control tokens that the base was never trained on:
             refuse, train their embedding rows (auto), or go on regardless (ignore).
         dtype: Of everything that is not quantised: float32, bfloat16 or float16; null chooses by hardware.
@@ -146,6 +149,7 @@ class CausalLMModule(L.LightningModule):
         fused_lora: bool | Literal["auto"] = "auto",
         fused_elementwise: bool = True,
         compile_layers: bool = False,
+        cuda_graphs: bool | Literal["auto"] = "auto",
         untrained_tokens: Literal["refuse", "auto", "ignore"] = "refuse",
         dtype: Literal["float32", "bfloat16", "float16"] | None = None,
         attn_implementation: str | None = None,
@@ -156,6 +160,7 @@ class CausalLMModule(L.LightningModule):
         super().__init__()
         _check_choice("activation_checkpointing", activation_checkpointing, (*PLANS, "auto"))
         _check_choice("fused_lora", fused_lora, (True, False, "auto"))
+        _check_choice("cuda_graphs", cuda_graphs, (True, False, "auto"))
         _check_choice("untrained_tokens", untrained_tokens, ("refuse", "auto", "ignore"))
         # Objects do not go into checkpoints, which are read without pickle; what identifies them does, as plain
         # data, in on_save_checkpoint.
@@ -174,6 +179,7 @@ class CausalLMModule(L.LightningModule):
         self.fused_lora = fused_lora
         self.fused_elementwise = fused_elementwise
         self.compile_layers = compile_layers
+        self.cuda_graphs = cuda_graphs
         self.untrained_tokens = untrained_tokens
         self.base_dtype: torch.dtype | None = getattr(torch, dtype) if dtype else None
         self.attn_implementation = attn_implementation
@@ -294,10 +300,20 @@ class CausalLMModule(L.LightningModule):
         restore_accumulation(self.trainer)
         if self._schedule is not None:
             self._schedule.renew(self.trainer, self.lr)
+        if self.cuda_graphs and self._supervised_forward is not None:
+            self._supervised_forward.record(
+                self.layer_plan,
+                is_compiled=self.compile_layers,
+                is_asked_for=self.cuda_graphs is True,
+                num_ranks=self.trainer.world_size,
+                most_tokens=most_tokens(getattr(self.trainer, "datamodule", None)),
+            )
 
     @override
     def on_train_end(self) -> None:
         gc.unfreeze()
+        if self._supervised_forward is not None:
+            self._supervised_forward.graphs = None  # with the memory they hold
 
     def supervised_forward(self, batch: SFTBatch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Run the model on a batch; return what predicts its supervised tokens, and the head that reads it.
@@ -308,6 +324,12 @@ class CausalLMModule(L.LightningModule):
         """
         assert self._supervised_forward is not None, "configure_model has not run"
         return self._supervised_forward(batch)
+
+    @property
+    def graph_replays(self) -> int:
+        """How many batches of the fit under way were run by CUDA graphs."""
+        graphs = self._supervised_forward.graphs if self._supervised_forward is not None else None
+        return graphs.replays if graphs is not None else 0
 
     def _chat_data(self) -> ChatDataModule | None:
         data = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
@@ -411,17 +433,7 @@ class CausalLMModule(L.LightningModule):
         Lightning refuses that under any mixed precision, because a fused optimizer may undo a loss scale by itself,
         after the clipping. bf16-mixed has no loss scale.
         """
-        precision = self.trainer.precision_plugin
-        if isinstance(precision, MixedPrecision) and precision.scaler is None:
-            algorithm = GradClipAlgorithmType(gradient_clip_algorithm or GradClipAlgorithmType.NORM)
-            Precision.clip_gradients(precision, optimizer, gradient_clip_val or 0.0, algorithm)
-            return
-        if gradient_clip_val and isinstance(precision, MixedPrecision) and is_fused(optimizer):
-            raise MisconfigurationException(
-                "16-mixed precision, gradient_clip_val and a fused optimizer do not go together. Write "
-                "--model.optimizer.fused=false, or --trainer.precision=bf16-mixed where the GPU has bfloat16."
-            )
-        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        clip_gradients(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     # Checkpoints: adapters only
 
@@ -531,11 +543,6 @@ def _forget_the_base(module: CausalLMModule, keys: Any) -> None:
 def _full(norm: Tensor) -> Tensor:
     """Return the norm over all ranks where gradients are sharded."""
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
-def is_fused(optimizer: Optimizer) -> bool:
-    """Whether an optimizer undoes a loss scale by itself, as fused ones do."""
-    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
 def _check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:

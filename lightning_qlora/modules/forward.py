@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
-from lightning_qlora.kernels.attention import packed_attention_arguments
+from lightning_qlora.kernels.attention import PackedDocuments, document_arguments, packed_attention_arguments
+from lightning_qlora.kernels.checkpointing import OFFLOADING, MixedPlan, Plan
+from lightning_qlora.kernels.graphs import DecoderGraphs, Recorder, record_on_gpu
 from lightning_qlora.model import base_model
 from lightning_qlora.schema import SFTBatch
 
@@ -50,19 +55,91 @@ class SupervisedForward:
         head = Head(base.get_output_embeddings(), getattr(base.config, "final_logit_softcapping", None))
         is_plain, self.keeps_documents_apart = _probe(base, head, isolates_documents)
         self.head: Head | None = head if is_plain else None
+        self.graphs: DecoderGraphs | None = None
 
     def __call__(self, batch: SFTBatch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Return (N, D) hidden states and the head that maps (n, D) to (n, V) logits.
 
         Where a family's logits are more than a head of hidden states, these are (N, V) logits and the identity.
         """
-        inputs, positions_N = self._inputs(batch), batch["target_positions"]
+        positions_N = batch["target_positions"]
+        hidden_BLD = self._replay(batch)
+        if hidden_BLD is not None and self.head is not None:
+            return hidden_BLD.flatten(0, 1)[positions_N], self.head
+        inputs = self._inputs(batch)
         if self.head is not None:
             base = base_model(self.model)
             hidden_BLD = _call_through(base, base.get_decoder(), **inputs, use_cache=False).last_hidden_state
             return hidden_BLD.flatten(0, 1)[positions_N], self.head
         logits_BLV = self.model(**inputs, use_cache=False).logits
         return logits_BLV.flatten(0, 1)[positions_N], nn.Identity()
+
+    def record(
+        self,
+        plan: Plan | MixedPlan | None,
+        *,
+        is_compiled: bool,
+        is_asked_for: bool,
+        num_ranks: int = 1,
+        most_tokens: int | None = None,
+        recorder: Callable[[], Recorder] | None = None,
+    ) -> None:
+        """Run packed batches in training by CUDA graphs from now on, where that can be.
+
+        Unless it is asked for, only where it costs nothing that somebody could miss: memory, where a step takes more
+        than half of it; results that are the same to the last bit, where deterministic algorithms are asked for.
+
+        Args:
+            plan: What layers keep for the backward pass.
+            is_compiled: Whether they are run by ``torch.compile``.
+            is_asked_for: If so, it is said what stands in the way.
+            num_ranks: That train together.
+            most_tokens: Of any batch, if that is known.
+            recorder: As of :class:`~lightning_qlora.kernels.graphs.DecoderGraphs`; ``None`` for CUDA graphs.
+        """
+        base = base_model(self.model)
+        plans = {plan.lean, plan.rich} if isinstance(plan, MixedPlan) else {plan}
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        obstacles = {
+            "there are none on a CPU": recorder is None and base.device.type != "cuda",
+            f"{type(base).__name__} is not all attention": self.head is None or not self.keeps_documents_apart,
+            "attn_implementation has other kernels": not self.isolates_documents,
+            "activation_checkpointing keeps tensors in host memory": not plans.isdisjoint(OFFLOADING),
+            "compile_layers is on": is_compiled,
+            "the model is in parts": any(isinstance(p, DTensor) for p in trained),
+            "there are other ranks": num_ranks > 1,
+            "dropout draws random numbers": _draws(self.model),
+            "algorithms are to be deterministic": torch.are_deterministic_algorithms_enabled() and not is_asked_for,
+        }
+        found = [reason for reason, is_there in obstacles.items() if is_there]
+        if not found:
+            obstacle = functools.partial(_obstacle, base.get_decoder(), may_fill_memory=is_asked_for)
+            self.graphs = DecoderGraphs(
+                self._decode,
+                base.get_decoder().parameters(),
+                recorder or record_on_gpu,
+                obstacle,
+                tells=is_asked_for,
+                most_tokens=most_tokens,
+            )
+        elif is_asked_for:
+            rank_zero_info(f"cuda_graphs: not used, {found[0]}.")
+
+    def _decode(self, input_ids: Tensor, position_ids: Tensor, documents: PackedDocuments) -> Tensor:
+        arguments = document_arguments(input_ids, documents)
+        decoder = base_model(self.model).get_decoder()
+        hidden_BLD: Tensor = decoder(
+            input_ids=input_ids, position_ids=position_ids, use_cache=False, **arguments
+        ).last_hidden_state
+        return hidden_BLD
+
+    def _replay(self, batch: SFTBatch) -> Tensor | None:
+        """Return (1, T', D) hidden states from a graph, if there is one for such a batch."""
+        if self.graphs is None or not self.model.training:
+            return None
+        if batch["attention_mask"] is not None or cast(Any, batch.get("shared_prompts")) is not None:
+            return None
+        return self.graphs(batch["input_ids"], batch["position_ids"], batch["document_lengths"])
 
     def _inputs(self, batch: SFTBatch) -> dict[str, Any]:
         inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
@@ -82,6 +159,28 @@ class SupervisedForward:
                 "Write --data.share_prompts=false, or leave attn_implementation out."
             )
         return inputs
+
+
+def _draws(model: nn.Module) -> bool:
+    """Whether dropout is to be seen anywhere in a model."""
+    attributes = (value for module in model.modules() for name, value in vars(module).items() if "dropout" in name)
+    layers = (module.p for module in model.modules() if isinstance(module, nn.modules.dropout._DropoutNd))
+    return any(value > 0 for value in (*attributes, *layers) if isinstance(value, float))
+
+
+def _obstacle(decoder: nn.Module, *, may_fill_memory: bool) -> str | None:
+    """Return what speaks against recording a decoder now."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if any(vars(module)[name] for module in decoder.modules() for name in hooks):
+        return "hooks of its modules would not be called"
+    if torch.is_anomaly_enabled():
+        return "detect_anomaly looks at every operator"
+    if not may_fill_memory and torch.cuda.is_available():
+        _, total = torch.cuda.mem_get_info()
+        most = torch.cuda.get_per_process_memory_fraction() * total
+        if 2 * torch.cuda.max_memory_allocated() > most:
+            return "a step takes more than half of the memory"
+    return None
 
 
 def _call_through(outer: nn.Module, inner: Callable[..., Any], **inputs: Any) -> Any:

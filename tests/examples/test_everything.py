@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
-import shlex
 import sys
 
 import pytest
@@ -25,20 +24,44 @@ def report(benchmark_scripts):
     return importlib.import_module("report")
 
 
+MAKE, MAKE_SMALL = "peers.py make CHECKPOINT --shape 8b", "peers.py make CHECKPOINT-0.5b --shape 0.5b"
+
+
 def test_every_command_is_one_that_its_script_takes(everything):
-    for each in everything.MEASUREMENTS:
-        script, *words = shlex.split(each.command)
-        importlib.import_module(script.removesuffix(".py")).parse([*words, *EXTRA])
-    commands = [each.command for each in everything.MEASUREMENTS]
+    options = everything.parse(["--out", "r.jsonl", "--checkpoint", "/a/b/", *EXTRA])
+    commands = [each.command for each in [*everything.MAKES.values(), *everything.MEASUREMENTS]]
     assert len(commands) == len(set(commands))
-    assert commands.index("peers.py make CHECKPOINT") < min(i for i, c in enumerate(commands) if "peers.py run" in c)
+    for command in commands:
+        script = importlib.import_module(command.split()[0].removesuffix(".py"))
+        taken = vars(script.parse(everything.arguments_of(command, options)))
+        assert taken.get("checkpoint") in (None, "/a/b-0.5b" if "CHECKPOINT-0.5b" in command else "/a/b")
+        if script.__name__ == "cpu_speed":
+            assert taken["extra"] == command.split()[1:]  # of fit, which has neither a shape nor a device
+        else:
+            assert (taken["shape"], taken["device"]) == ("tiny", "cpu")
 
 
 def test_rounds_repeat_own_and_peers_in_turn(everything):
     planned = everything.plan(["floor", "speed"], 2)
     again = [each.command for number, each in planned if number == 1]
     assert again[:2] == ["bench.py run full2k --plan full", "peers.py run unsloth full2k CHECKPOINT"]
-    assert not {"floor.py", "peers.py make CHECKPOINT"} & set(again)
+    assert "floor.py" not in again
+
+
+def test_a_small_model_with_graphs_and_without_beside_the_peers_that_do_the_same(everything):
+    planned = [each.command for _, each in everything.plan(["small"], 1)]
+    assert [each.command for _, each in everything.plan(["small"], 2)] == 2 * planned
+    options = " --shape 0.5b --steps 20 --warmup 6"
+    assert all(command.endswith(options) for command in planned)
+    peers = ["unsloth full2k", "unsloth full2k --plan none", "trl-liger full2k --plan none",
+             "unsloth chat2k_pack --plan none"]  # fmt: skip
+    assert [command for command in planned if command.startswith("peers")] == [
+        f"peers.py run {peer} CHECKPOINT-0.5b{options}" for peer in peers
+    ]
+    own = [command.removesuffix(options) for command in planned if command.startswith("bench")]
+    assert own[1::2] == [f"{command} --cuda_graphs false" for command in own[::2]]
+    assert own[::2] == [f"bench.py run {what}" for what in ("full2k --plan full", "full2k --plan none",
+                                                            "chat2k_pack --plan none")]  # fmt: skip
 
 
 def test_own_measurements_of_a_group_share_a_process_and_repeated_ones_do_not(everything):
@@ -101,7 +124,38 @@ def test_only_what_is_asked_for(everything, fake, tmp_path, peer):
     assert everything.Session(everything.parse([*arguments, "--containing", *wanted])).run() == 0
     found = [json.loads(line)["command"] for line in out.read_text().splitlines()]
     peers = ["peers.py run trl dpo CHECKPOINT"] if peer else []
-    assert found == [*(["peers.py make CHECKPOINT"] if peer else []), "bench.py run full8k --plan full", *peers]
+    assert found == [*([MAKE] if peer else []), "bench.py run full8k --plan full", *peers]
+
+
+@pytest.mark.parametrize(
+    ("groups", "containing", "there", "made"),
+    [
+        (["start"], "start_speed", (), [MAKE]),
+        (["start"], "start_speed", ("",), []),
+        (["start", "small"], "unsloth", (), [MAKE_SMALL]),
+        (["start", "small"], "CHECKPOINT", ("-0.5b",), [MAKE]),
+        (["start", "small"], "CHECKPOINT", (), [MAKE, MAKE_SMALL]),
+        (["cpu", "small"], "--cuda_graphs false", (), []),
+    ],
+)
+def test_only_bases_that_are_read_and_not_there_are_made(everything, tmp_path, groups, containing, there, made):
+    """Also where the file says that they were made: it may be another machine's."""
+    for ending in there:
+        (tmp_path / f"base{ending}").mkdir()
+    out = tmp_path / "r.jsonl"
+    out.write_text("".join(json.dumps({"round": 0, "command": each}) + "\n" for each in (MAKE, MAKE_SMALL)))
+    arguments = ["--out", str(out), "--checkpoint", str(tmp_path / "base"), "--groups", *groups]
+    session = everything.Session(everything.parse([*arguments, "--containing", containing]))
+    assert [each.command for batch in session.makes for _, each in batch] == made
+    assert len(session.queue) == len(everything.plan(groups, 1, [containing])) > 0
+
+
+def test_no_base_is_made_for_what_is_measured_already(everything, tmp_path):
+    out = tmp_path / "r.jsonl"
+    out.write_text(json.dumps({"round": 0, "command": "start_speed.py CHECKPOINT --repeats 3"}))
+    arguments = ["--out", str(out), "--checkpoint", str(tmp_path / "base"), "--groups", "start"]
+    session = everything.Session(everything.parse(arguments))
+    assert session.makes == session.queue == []
 
 
 @pytest.mark.parametrize(("given", "expected"), [(None, {"0", "1", "2"}), ("5,7,6,4", {"5", "7", "6"})])
@@ -113,13 +167,13 @@ def test_several_gpus_measure_side_by_side(everything, fake, tmp_path, monkeypat
     (fake / "bench.mood").write_text("good")
     (fake / "peers.py").write_text((fake / "bench.py").read_text())
     out = tmp_path / "r.jsonl"
-    groups = ["gates", "speed", "growth"]
+    groups = ["gates", "speed", "small", "growth"]
     arguments = ["--out", str(out), "--groups", *groups, "--gpus", "3", "--checkpoint", str(tmp_path / "none"), *EXTRA]
     assert everything.Session(everything.parse(arguments)).run() == 0
     records = [json.loads(line) for line in out.read_text().splitlines()]
     asked = [measurement.command for measurement in everything.MEASUREMENTS if measurement.group in groups]
-    assert sorted(record["command"] for record in records) == sorted(asked)
-    assert records[0]["command"] == "peers.py make CHECKPOINT"
+    assert [record["command"] for record in records[:2]] == [MAKE, MAKE_SMALL]
+    assert sorted(record["command"] for record in records[2:]) == sorted(asked)
     assert {record["gpu"] for record in records} == expected
     assert {record["gpus_at_work"] for record in records} == {3}
 
@@ -220,6 +274,12 @@ def test_the_page_shows_medians_ratios_and_failures(report, tmp_path):
          "plan": "offload", "tok_s": 9, "group": "growth", "shape": "70b", "rows": 1, "max_length": 4096},
         {**own, "command": "bench.py run full2k --plan full --optimizer adamw_8bit", "plan": "full", "round": 0,
          "tok_s": 92, "group": "optimizers", "optimizer": "adamw_8bit"},
+        {**own, "command": "bench.py run full2k --plan none --shape 0.5b", "round": 0, "tok_s": 300, "group": "small",
+         "shape": "0.5b", "graph_replays": 22},
+        {"command": "start_speed.py CHECKPOINT", "group": "start", "round": 0, "shape": "8b",
+         "runs": [{"imported_s": 1.0, "built_s": 2.0, "first_batch_s": 3.0, "first_step_s": 4.0}]},
+        {"command": "cpu_speed.py", "group": "cpu", "round": 0, "dtype": "float32", "threads": 2, "own_step_ms": 8.0,
+         "plain_step_ms": 9.0, "speed_ratio": 1.125, "speed_ratio_of_each_turn": [1.1, 1.2]},
         {**peer, "tok_s": 100},
         {"command": "bench.py gate full2k", "group": "gates", "round": 0, "passed": True, "loss_difference": 1e-4,
          "gradient_cosine": 0.9995, "plain_loss_difference": 2e-4, "plain_gradient_cosine": 0.9994,
@@ -254,6 +314,57 @@ def test_the_page_shows_medians_ratios_and_failures(report, tmp_path):
     ]
     assert "\n".join(grown) + "\n\n" in page
     assert "| `adamw_8bit` | 92 | 500 | 30.00 |" in page
+    assert "| 4 x 2,048 tokens | none | yes | lightning_qlora | 300 | 500 | 30.00 |  |" in page
+    assert "| the first | 1.0 | 1.0 | 1.0 | 1.0 | 4.0 |" in page
+    assert "| float32 | 2 | 8 | 9 | 1.12 x | 1.10 to 1.20 |" in page
     for plot in ("tokens", "breakdown", "curve"):
         assert f"(results_{plot}.svg)" in page
         assert "<svg" in (tmp_path / f"results_{plot}.svg").read_text()
+
+
+def test_a_small_model_has_a_table_of_its_own_that_says_where_graphs_were_replayed(report):
+    common = {"case": "full2k", "plan": "none", "group": "small", "shape": "0.5b", "round": 0, "tokens_per_step": 8192,
+              "peak_gib": 7.5}  # fmt: skip
+    own = {**common, "plan_used": "none", "rank": 16, "rows": None, "max_length": None, "mean_step_ms": 50.0}
+    command = "bench.py run full2k --plan none"
+    records = [
+        {**common, "command": "peers.py run unsloth", "peer": "unsloth", "tok_s": 100, "step_ms": {"p50": 80.0}},
+        {**own, "command": f"{command} --cuda_graphs false", "cuda_graphs": "false", "graph_replays": 0, "tok_s": 90,
+         "step_ms": {"p50": 90.0}},
+        {**own, "command": command, "cuda_graphs": "auto", "graph_replays": 22, "tok_s": 200, "step_ms": {"p50": 50.0}},
+        {**own, "command": f"{command} --rank 8", "plan": "full", "plan_used": "full", "tok_s": 80,
+         "step_ms": {"p50": 95.0}},
+        {**common, "command": "peers.py run trl", "failed": 1},
+    ]  # fmt: skip
+    page = "\n".join(report.small(records))
+    rows = [
+        "| 4 x 2,048 tokens | full | no | lightning_qlora | 80 | 95 | 7.50 |  |",  # without the key, and no peer
+        "| 4 x 2,048 tokens | none | yes | lightning_qlora | 200 | 50 | 7.50 | 2.00 x, 1.60 x |",
+        "| 4 x 2,048 tokens | none | no | lightning_qlora | 90 | 90 | 7.50 | 0.90 x, 0.89 x |",
+        "| 4 x 2,048 tokens | none |  | unsloth | 100 | 80 | 7.50 |  |",
+    ]
+    assert "| --- |\n" + "\n".join(rows) + "\n" in page
+    assert "shape 0.5b" in page
+    assert report.growth(records) == report.speed(records, None) == report.small([]) == []
+
+
+def test_a_start_is_drawn_by_its_parts_and_the_first_one_apart(report):
+    names = ("imported_s", "built_s", "first_batch_s", "first_step_s")
+    noted = (5.0, 15.0, 17.0, 47.0), (4.0, 10.0, 11.6, 13.0), (4.4, 10.4, 11.8, 13.4)
+    runs = [dict(zip(names, seconds, strict=True)) for seconds in noted]
+    record = {"group": "start", "command": "start_speed.py CHECKPOINT", "shape": "8b", "runs": runs}
+    page = "\n".join(report.starts([record]))
+    assert "| run | imports and command line | base with adapters | data and summary | first step | all |" in page
+    rows = ["| the first | 5.0 | 10.0 | 2.0 | 30.0 | 47.0 |", "| median of 2 later | 4.2 | 6.0 | 1.5 | 1.5 | 13.2 |"]
+    assert "\n".join(rows) in page
+    assert "median" not in "\n".join(report.starts([{**record, "runs": runs[:1]}]))
+    assert report.starts([{"group": "start", "command": "start_speed.py CHECKPOINT", "failed": 1}]) == []
+
+
+def test_a_step_on_a_cpu_is_drawn_for_each_dtype(report):
+    record = {"group": "cpu", "dtype": "bfloat16", "threads": 2, "own_step_ms": 833.4, "plain_step_ms": 978.0,
+              "speed_ratio": 1.174, "speed_ratio_of_each_turn": [1.1, 0.91, 1.35]}  # fmt: skip
+    page = "\n".join(report.processors([record, {**record, "dtype": "float32"}, {"group": "cpu", "failed": 1}]))
+    rows = [f"| {dtype} | 2 | 833 | 978 | 1.17 x | 0.91 to 1.35 |" for dtype in ("bfloat16", "float32")]
+    assert "\n".join(rows) in page
+    assert report.processors([]) == []

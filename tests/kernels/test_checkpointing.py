@@ -7,10 +7,9 @@ import torch
 from peft import LoraConfig
 from tiny_models import random_batch, save_tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 
 from lightning_qlora.kernels.attention import packed_attention_arguments, use_document_attention
-from lightning_qlora.kernels.checkpointing import MixedPlan, plan_of_layers, set_checkpointing
+from lightning_qlora.kernels.checkpointing import MixedPlan, _recompute, plan_of_layers, set_checkpointing
 from lightning_qlora.model import (
     attach_adapters,
     checkpointed_layers,
@@ -101,7 +100,7 @@ def test_a_layer_whose_mlp_is_not_known_is_recomputed_whole(model):
         layer.add_module("another_name", layer.mlp)
         del layer._modules["mlp"]
     assert set_checkpointing(layers, "selective").moved_bytes == 0
-    assert all(layer._gradient_checkpointing_func.args[0].func is checkpoint for layer in layers)
+    assert all(layer._gradient_checkpointing_func.args[0] is _recompute for layer in layers)
 
 
 def test_the_mlp_is_itself_again_after_a_step_and_after_an_error(model):
