@@ -69,9 +69,9 @@ def _own_step(options: argparse.Namespace, batch: Any) -> tuple[Step, Adapters, 
         base = module.model.get_base_model()
         plan, dtype = module.layer_plan or "full", dtype_on(torch.device(options.device))
         compile_decoder(base, checkpointed_layers(base), plan, dtype=dtype)
-    rehearsals = 2 if options.cuda_graphs == "true" else 0
+    rehearsals = 2 if options.cuda_graphs == "true" and options.device == "cuda" else 0
     if rehearsals:  # fit does so when it starts
-        module._supervised_forward.record(module.layer_plan, is_compiled=options.compile_layers, is_asked_for=True)
+        module._supervised_forward.record(True, module.layer_plan, is_compiled=options.compile_layers)
     for _ in range(1 + rehearsals):
         module.zero_grad()
         loss = _mean_loss(module, batch, options.device)  # whose graph nobody keeps: then it could not be recorded

@@ -75,12 +75,12 @@ def _speed() -> list[Measurement]:
 def _small() -> list[Measurement]:
     """Own runs, with CUDA graphs and without, beside the peers on a small model, whose steps wait for the host."""
     beside = {
-        "full2k --plan full": ["unsloth full2k"],
-        "full2k --plan full --cuda_graphs false": [],
-        "full2k --plan none": ["unsloth full2k --plan none", "trl-liger full2k --plan none"],
-        "full2k --plan none --cuda_graphs false": [],
-        "chat2k_pack --plan none": ["unsloth chat2k_pack --plan none"],
-        "chat2k_pack --plan none --cuda_graphs false": [],
+        "full2k --plan full --cuda_graphs auto": ["unsloth full2k"],
+        "full2k --plan full": [],
+        "full2k --plan none --cuda_graphs auto": ["unsloth full2k --plan none", "trl-liger full2k --plan none"],
+        "full2k --plan none": [],
+        "chat2k_pack --plan none --cuda_graphs auto": ["unsloth chat2k_pack --plan none"],
+        "chat2k_pack --plan none": [],
     }
     return _beside("small", beside, _SMALL_BASE, " --shape 0.5b --steps 20 --warmup 6")
 
@@ -103,6 +103,7 @@ MEASUREMENTS = [
     *_own(
         "gates", "gate full2k --plan none selective_offload offload", "gate chat2k_pack --plan full selective_offload",
         "gate full2k --plan full --compile_layers", "gate chat2k_pack --plan none --compile_layers",
+        "gate full2k --plan none --cuda_graphs true", "gate chat2k_pack --plan full --cuda_graphs true",
     ),
     *_own("curve", "curve full2k --plan none --rows 2 --steps 200"),
     *_own(

@@ -7,35 +7,40 @@ looks at, and what is different in each of them, the tokens and where documents 
 reads it.
 
 What decides by numbers of the batch on the host cannot be recorded. So a batch is run in the form of the recording
-first, kernel by kernel, where waiting for the GPU is an error and the lengths of documents are not to be had; what
-fails there, or draws random numbers, is never recorded.
+first, kernel by kernel, where it is seen who waits for the GPU and the lengths of documents are not to be had; who
+does, or draws random numbers, is never recorded.
+
+What Python does is in no graph. A recording is made anew where weights have moved, others are trained or adapters have
+been switched, and given up where hooks would not be called.
 """
 
 from __future__ import annotations
 
+import random
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch import Tensor, nn
 
 from lightning_qlora.kernels.attention import PackedDocuments
 from lightning_qlora.kernels.checkpointing import random_state_left_alone
+from lightning_qlora.kernels.graph_forms import Form, GraphInputs
 from lightning_qlora.kernels.launching import autocast_dtype_of
 from lightning_qlora.kernels.self_check import first_line
-from lightning_qlora.kernels.varlen import document_offsets
 
-__all__ = ["DecoderGraphs", "Form", "Recorder", "record_on_gpu"]
+__all__ = ["DecoderGraphs", "Recorder", "record_on_gpu"]
 
-_TOKENS = 128  # sizes are rounded up to multiples of these
-_DOCUMENTS = 16
 _RECORDINGS = 8  # before they have to pay
 _BATCHES_EACH = 100  # that a further one has to pay in
+_WAITED = "called a synchronizing CUDA operation"  # torch's warning
+_HOOKED = "hooks of its modules would not be called"
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 Decoder: TypeAlias = Callable[[Tensor, Tensor, PackedDocuments], Tensor]
 """From (1, T) token ids, (1, T) positions and the documents to (1, T, D) hidden states."""
@@ -44,110 +49,23 @@ Recorder: TypeAlias = Callable[[Callable[[], Sequence[Tensor | None]]], tuple[Ca
 
 
 def record_on_gpu() -> Recorder:
-    """Return a recorder of CUDA graphs that share their memory."""
-    pool = torch.cuda.graph_pool_handle()
+    """Return a recorder of CUDA graphs that share their memory, on the current GPU."""
+    pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()  # torch's own is of the first GPU that asked
 
     def record(work: Callable[[], Sequence[Tensor | None]]) -> tuple[Callable[[], None], list[Tensor | None]]:
-        graph = torch.cuda.CUDAGraph()
-        # Threads that bring batches or watch over ranks may ask the GPU for things meanwhile.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            found = work()
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            # Threads that bring batches or watch over ranks may ask the GPU for things meanwhile.
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                found = work()
+        except BaseException:  # torch leaves these as they were in the middle of it
+            torch.cuda.set_stream(before)
+            with suppress(Exception):
+                torch._C._cuda_endAllocateToPool(stream.device_index, pool)
+            raise
         return graph.replay, list(found)
 
     return record
-
-
-class Form(NamedTuple):
-    """The size of the batches that a recording takes.
-
-    Attributes:
-        tokens: Of a batch with its padding.
-        documents: Of the same; some may be empty.
-        longest: The most tokens of a document.
-        are_alike: Whether all are of that length, so that attention sees a batch without padding.
-    """
-
-    tokens: int
-    documents: int
-    longest: int
-    are_alike: bool
-
-    @classmethod
-    def around(cls, lengths: Sequence[int], before: Form | None = None, most_tokens: int | None = None) -> Form:
-        """Return one for documents of these lengths and somewhat larger ones; not less than another was made for.
-
-        Only what was all of one length so far is recorded as such, where it is that again.
-
-        Args:
-            lengths: Of a batch's documents.
-            before: What they did not fit.
-            most_tokens: Of any batch, if that is known.
-        """
-        total = sum(lengths)
-        if len(set(lengths)) == 1 and (before is None or before.are_alike):
-            return cls(total, len(lengths), lengths[0], True)
-        tokens, longest = _up(total, _TOKENS), 1 << (max(lengths) - 1).bit_length()
-        if most_tokens is not None and total <= most_tokens < 2 * total:
-            tokens = most_tokens
-        documents = 2 * len(lengths)
-        if before is not None:
-            tokens, longest = max(tokens, before.tokens), max(longest, before.longest)
-            documents = max(documents, before.documents - (not before.are_alike))
-        longest = min(longest, tokens)
-        # One more, so that they are never all of one length, and there is always one to put padding in.
-        return cls(tokens, _up(max(documents, -(-tokens // longest)) + 1, _DOCUMENTS), longest, False)
-
-    def padded(self, lengths: Sequence[int]) -> list[int] | None:
-        """Return the lengths with those of documents of padding behind them, or ``None`` where they do not fit."""
-        if self.are_alike:
-            fits = len(lengths) <= self.documents and set(lengths) == {self.longest}
-            return [self.longest] * self.documents if fits else None
-        rest, free = self.tokens - sum(lengths), self.documents - len(lengths)
-        if rest < 0 or free < 0 or max(lengths) > self.longest or rest > free * self.longest:
-            return None
-        if not rest:
-            return [*lengths, *([0] * free)]
-        each = -(-rest // free)  # of equal length, for the sake of attention
-        padding = [each] * (rest // each) + [rest % each]
-        return [*lengths, *padding, *([0] * free)][: self.documents]
-
-    def largest(self) -> list[int]:
-        """Return lengths that are as large as can be."""
-        if self.are_alike:
-            return [self.longest] * self.documents
-        found = self.padded([self.longest])
-        assert found is not None, f"a form has room for its tokens: {self}"
-        return found
-
-
-def _up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
-
-
-class _Inputs:
-    """Where a graph reads its batch; padding is tokens of the first one, or whatever was there since.
-
-    Args:
-        form: Of the recording.
-        input_ids: (1, T) of a batch.
-    """
-
-    def __init__(self, form: Form, input_ids: Tensor) -> None:
-        self.input_ids = input_ids.repeat(1, -(-form.tokens // input_ids.shape[1]))[:, : form.tokens].contiguous()
-        self.position_ids = torch.zeros_like(self.input_ids)
-        self.starts = input_ids.new_zeros(form.documents + 1, dtype=torch.int32)
-        self.documents = PackedDocuments(form.largest(), starts=self.starts)
-        del self.documents.lengths  # they are other ones in each batch: whoever asks for them cannot be recorded
-
-    def fill(self, input_ids: Tensor, position_ids: Tensor, padded: Sequence[int]) -> None:
-        """Write a batch."""
-        tokens = input_ids.shape[1]
-        self.input_ids[:, :tokens].copy_(input_ids)
-        self.position_ids[:, :tokens].copy_(position_ids)
-        self.starts.copy_(document_offsets(padded, self.starts.device))
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter((self.input_ids, self.position_ids, self.documents))
 
 
 class DecoderGraphs:
@@ -157,27 +75,32 @@ class DecoderGraphs:
     A batch that does not fit lets go of the recording, whose memory it needs, and begins a larger one.
 
     Args:
-        decoder: What is recorded.
-        parameters: Of the decoder.
+        run: Runs the decoder.
+        decoder: Whose parameters are trained.
+        outer: Modules whose own hooks are called where ``run`` is not.
         recorder: Makes what records; CUDA graphs.
         obstacle: Says what speaks against recording, just before it; ``None`` where nothing does.
+        state: Returns what the decoder's code decides by besides: what a recording was made for.
         tells: Whether it is said that, and why, nothing is recorded.
         most_tokens: Of any batch, if that is known.
     """
 
     def __init__(
         self,
-        decoder: Decoder,
-        parameters: Iterable[Tensor],
+        run: Decoder,
+        decoder: nn.Module,
+        *,
+        outer: Sequence[nn.Module] = (),
         recorder: Callable[[], Recorder] = record_on_gpu,
         obstacle: Callable[[], str | None] = lambda: None,
+        state: Callable[[], object] = lambda: None,
         tells: bool = True,
         most_tokens: int | None = None,
     ) -> None:
-        self.decoder = decoder
-        self.parameters = list(parameters)
+        self.run, self.decoder, self.outer = run, decoder, list(outer)
         self.recorder = recorder
         self.obstacle = obstacle
+        self.state = state
         self.tells = tells
         self.most_tokens = most_tokens
         self.refusal: str | None = None
@@ -185,8 +108,10 @@ class DecoderGraphs:
         self.replays = 0
         """How many batches were run by a recording."""
         self._form: Form | None = None
-        self._inputs: _Inputs | None = None  # after a rehearsal
+        self._inputs: GraphInputs | None = None  # after a rehearsal
         self._recording: _Recording | None = None
+        self._made_for: object = None
+        self._hooks: list[dict[Any, Any]] = []
         self._batches = self._recordings = 0
 
     def __call__(self, input_ids: Tensor, position_ids: Tensor, lengths: Sequence[int]) -> Tensor | None:
@@ -204,20 +129,26 @@ class DecoderGraphs:
         if self.refusal is not None or not torch.is_grad_enabled():
             return None
         self._batches += 1
+        lengths = [int(length) for length in lengths]
         padded = None if self._form is None else self._form.padded(lengths)
-        if padded is None:
+        if self._form is None or padded is None:
             self.release()
             self._form = Form.around(lengths, self._form, self.most_tokens)
             return None
-        if self._recording is not None and self._recording.is_stale():
-            self.release()
+        if self._form.is_too_large(lengths):
+            return None
+        if self._recording is not None:
+            if any(map(len, self._hooks)):
+                self._refuse(_HOOKED)
+                return None
+            if self._made_for != self._identity():
+                self.release()
         batch = input_ids, position_ids, padded
         if self._inputs is None:
             return self._rehearse(*batch)
-        if self._recording is None and not self._record():
-            return None
-        assert self._recording is not None
-        if self._recording.is_in_use():
+        if self._recording is None:
+            self._record()
+        if self._recording is None or self._recording.is_in_use():
             return None
         self.replays += 1
         return self._recording.run(*batch)
@@ -232,40 +163,63 @@ class DecoderGraphs:
     def _rehearse(self, *batch: Any) -> Tensor | None:
         """Run a batch as it would be recorded."""
         assert self._form is not None
-        inputs = _Inputs(self._form, batch[0])
-        inputs.fill(*batch)
-        before = _random_states(inputs.starts)
-        try:
-            with _waiting_refused(inputs.starts):
-                hidden = self.decoder(*inputs)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # models decide by numbers in many ways
-            self._refuse(f"the model cannot be recorded: {first_line(error)}")
+        reason = self._reason()
+        if reason is not None:
+            self._refuse(reason)
             return None
-        if not all(map(torch.equal, before, _random_states(inputs.starts))):
-            self._refuse("the model draws random numbers")
+        inputs = GraphInputs(self._form, batch[0])
+        inputs.fill(*batch)
+        before = _RandomState.now(inputs.starts)
+        try:
+            with _waiting_noticed(inputs.starts) as waits:
+                hidden = self.run(*inputs)
+        except Exception as error:  # models decide by numbers in many ways; or there is not the memory
+            reason = f"the model cannot be recorded: {first_line(error)}"
+        if reason is None and waits:
+            reason = "the model decides by numbers that it waits for"
+        if reason is None and not before.is_that_of(_RandomState.now(inputs.starts)):
+            reason = "the model draws random numbers"
+        if reason is not None:
+            before.restore(inputs.starts)  # as if nothing had been
+            self._refuse(reason)
+            return None
         self._inputs = inputs
         return hidden
 
-    def _record(self) -> bool:
+    def _record(self) -> None:
         assert self._form is not None
         assert self._inputs is not None
-        reason = self.obstacle()
+        reason = self._reason()
         if self._recordings >= _RECORDINGS + self._batches // _BATCHES_EACH:
-            reason = "batches differ too much in size"
+            reason = "it would have to be recorded again and again"
         if reason is not None:
             self._refuse(reason)
-            return False
+            return
         try:
-            self._recording = _Recording(self.decoder, self.parameters, self._inputs, self.recorder())
+            self._recording = _Recording(self.run, self.decoder, self._inputs, self.recorder())
         except Exception as error:  # for want of memory, or since a model does what a driver does not record
             self._refuse(f"recording failed: {first_line(error)}")
-            return False
+            return
         if not self._recordings:
             rank_zero_info(f"cuda_graphs: passes of up to {self._form.tokens:,} tokens are launched as a whole.")
         self._recordings += 1
-        return True
+        self._tensors = [values for each in self.decoder.modules() for values in (each._parameters, each._buffers)]
+        self._made_for = self._identity()
+
+    def _reason(self) -> str | None:
+        """Return what speaks against recording now."""
+        inside = [vars(module)[name] for module in self.decoder.modules() for name in _HOOKS]
+        outside = [vars(module)[name] for module in self.outer for name in _HOOKS]
+        everywhere = [vars(nn.modules.module)["_global" + name] for name in _HOOKS]
+        self._hooks = [*inside, *outside, *everywhere]
+        return _HOOKED if any(map(len, self._hooks)) else self.obstacle()
+
+    def _identity(self) -> object:
+        """Return where the decoder's tensors are, which of them are trained, and what else it decides by."""
+        with torch._C.DisableTorchFunctionSubclass():  # bitsandbytes looks at each use of its parameters
+            tensors = (each for values in self._tensors for each in values.values() if each is not None)
+            places = [(each.data_ptr(), each.requires_grad) for each in tensors]
+        return places, self.state()
 
     def _refuse(self, reason: str) -> None:
         self.release()
@@ -283,18 +237,20 @@ class _Run:
 class _Recording:
     """A decoder's forward and backward pass, recorded for batches of a form."""
 
-    def __init__(self, decoder: Decoder, parameters: list[Tensor], inputs: _Inputs, record: Recorder) -> None:
-        self.decoder, self.inputs = decoder, inputs
-        self.all_parameters = parameters
-        self.parameters = [each for each in parameters if each.requires_grad]
-        self.places = self._places()
+    def __init__(self, run: Decoder, decoder: nn.Module, inputs: GraphInputs, record: Recorder) -> None:
+        self._decode, self.inputs = run, inputs
         self._hidden: Tensor | None = None
         self._last: weakref.ref[_Run] | None = None  # what a backward pass may come for
-        self.replay_forward, (output,) = record(self._forward)
-        assert output is not None
-        self.output = output
-        self.of_output = torch.zeros_like(output)
-        self.replay_backward, self.of_parameters = record(self._backward)
+        with _leaves_in_place(decoder) as (self.parameters, self._leaves):
+            self.replay_forward, (output,) = record(self._forward)
+            assert output is not None
+            self.output, self.of_output = output, torch.zeros_like(output)
+            self.replay_backward, found = record(self._backward)
+        lost = [p for p, gradient in zip(self.parameters, found, strict=True) if gradient is None]
+        if any(p.grad is not None for p in lost):  # of the step before
+            raise RuntimeError("gradients are missing")
+        self.trained = [p for p, gradient in zip(self.parameters, found, strict=True) if gradient is not None]
+        self.of_trained = [gradient for gradient in found if gradient is not None]
 
     def _forward(self) -> list[Tensor | None]:
         near = self.inputs.starts
@@ -302,20 +258,13 @@ class _Recording:
         # autocast would hand out casts that it made before, and keep some of the recording's.
         autocast = torch.autocast(near.device.type, dtype, enabled=dtype is not None, cache_enabled=False)
         with torch.enable_grad(), autocast, random_state_left_alone():
-            self._hidden = self.decoder(*self.inputs)
+            self._hidden = self._decode(*self.inputs)
         return [self._hidden.detach()]
 
     def _backward(self) -> Sequence[Tensor | None]:
         hidden, self._hidden = self._hidden, None
         assert hidden is not None
-        return torch.autograd.grad(hidden, self.parameters, self.of_output, allow_unused=True)
-
-    def is_stale(self) -> bool:
-        """Whether a parameter is elsewhere than when it was recorded, or others are trained."""
-        return self._places() != self.places
-
-    def _places(self) -> list[int]:
-        return [each.data_ptr() for each in self.all_parameters if each.requires_grad]
+        return torch.autograd.grad(hidden, self._leaves, self.of_output, allow_unused=True)
 
     def is_in_use(self) -> bool:
         """Whether a backward pass may still come for the last run."""
@@ -328,7 +277,7 @@ class _Recording:
         run = _Run()
         self._last = weakref.ref(run)
         apply: Any = _Replay.apply
-        hidden: Tensor = apply(self, run, *self.parameters)
+        hidden: Tensor = apply(self, run, *self.trained)
         return hidden
 
 
@@ -340,35 +289,81 @@ class _Replay(torch.autograd.Function):
         return recording.output.detach()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        if ctx.run.is_done:
+        if torch.is_grad_enabled() or ctx.run.is_done:
             raise RuntimeError(
-                "A second backward pass through one forward pass: under cuda_graphs what it needs has been written "
-                "over. Write --model.cuda_graphs=false for retain_graph."
+                "A gradient of a gradient, or a second backward pass through one forward pass: what they need is not "
+                "there under cuda_graphs. Write --model.cuda_graphs=false for create_graph and retain_graph."
             )
         ctx.run.is_done = True
         ctx.recording.of_output.copy_(gradient)
         ctx.recording.replay_backward()
-        return None, None, *ctx.recording.of_parameters
+        # Copies, for the next pass writes there.
+        return None, None, *torch._foreach_mul(ctx.recording.of_trained, 1)
 
 
 @contextmanager
-def _waiting_refused(near: Tensor) -> Iterator[None]:
-    """Let what would wait for the GPU fail."""
+def _leaves_in_place(module: nn.Module) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Put other leaves, on the same memory, in the places of a module's trained parameters; yield these and those.
+
+    Nobody has a hook or a node of autograd for them: a node that is alive belongs to another stream than a recording's.
+    """
+    places = [
+        (each._parameters, name, parameter)
+        for each in module.modules()
+        for name, parameter in each._parameters.items()
+        if parameter is not None and parameter.requires_grad
+    ]
+    trained = list({id(parameter): parameter for _, _, parameter in places}.values())
+    leaves = {id(parameter): nn.Parameter(parameter.detach()) for parameter in trained}
+    for parameters, name, parameter in places:
+        parameters[name] = leaves[id(parameter)]
+    try:
+        yield list(trained), list(leaves.values())
+    finally:
+        for parameters, name, parameter in places:
+            parameters[name] = parameter
+
+
+@contextmanager
+def _waiting_noticed(near: Tensor) -> Iterator[list[str]]:
+    """Yield a list that is filled, at the end, with what waited for the GPU."""
+    found: list[str] = []
     if not near.is_cuda:
-        yield
+        yield found
         return
     before = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it does not find all of them yet
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")  # an error would be one in other threads too
+        try:
+            yield found
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    found += [str(each.message) for each in said if _WAITED in str(each.message)]
 
 
-def _random_states(near: Tensor) -> list[Tensor]:
-    """Return the state of the generators that a model may draw from, as they are on the host."""
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(near.device)] if near.is_cuda else [])]
+class _RandomState(NamedTuple):
+    """The state of the generators that a model may draw from, as they are on the host."""
+
+    tensors: list[Tensor]
+    others: tuple[Any, ...]
+
+    @classmethod
+    def now(cls, near: Tensor) -> _RandomState:
+        of_gpu = [torch.cuda.get_rng_state(near.device)] if near.is_cuda else []
+        return cls([torch.get_rng_state(), *of_gpu], (random.getstate(), np.random.get_state()))
+
+    def is_that_of(self, other: _RandomState) -> bool:
+        """Whether nothing was drawn in between."""
+        (one, numpy), (two, numpy_two) = self.others, other.others
+        alike = all(map(np.array_equal, numpy, numpy_two))
+        return one == two and alike and all(map(torch.equal, self.tensors, other.tensors))
+
+    def restore(self, near: Tensor) -> None:
+        """Set the generators back."""
+        torch.set_rng_state(self.tensors[0])
+        if near.is_cuda:
+            torch.cuda.set_rng_state(self.tensors[1], near.device)
+        random.setstate(self.others[0])
+        np.random.set_state(self.others[1])

@@ -149,7 +149,7 @@ class CausalLMModule(L.LightningModule):
         fused_lora: bool | Literal["auto"] = "auto",
         fused_elementwise: bool = True,
         compile_layers: bool = False,
-        cuda_graphs: bool | Literal["auto"] = "auto",
+        cuda_graphs: bool | Literal["auto"] = False,
         untrained_tokens: Literal["refuse", "auto", "ignore"] = "refuse",
         dtype: Literal["float32", "bfloat16", "float16"] | None = None,
         attn_implementation: str | None = None,
@@ -300,11 +300,11 @@ class CausalLMModule(L.LightningModule):
         restore_accumulation(self.trainer)
         if self._schedule is not None:
             self._schedule.renew(self.trainer, self.lr)
-        if self.cuda_graphs and self._supervised_forward is not None:
+        if self._supervised_forward is not None:
             self._supervised_forward.record(
+                self.cuda_graphs,
                 self.layer_plan,
                 is_compiled=self.compile_layers,
-                is_asked_for=self.cuda_graphs is True,
                 num_ranks=self.trainer.world_size,
                 most_tokens=most_tokens(getattr(self.trainer, "datamodule", None)),
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -18,6 +18,7 @@ from typing_extensions import override
 from lightning_qlora.kernels.attention import PackedDocuments, document_arguments, packed_attention_arguments
 from lightning_qlora.kernels.checkpointing import OFFLOADING, MixedPlan, Plan
 from lightning_qlora.kernels.graphs import DecoderGraphs, Recorder, record_on_gpu
+from lightning_qlora.kernels.launching import autocast_dtype_of
 from lightning_qlora.model import base_model
 from lightning_qlora.schema import SFTBatch
 
@@ -76,27 +77,29 @@ class SupervisedForward:
 
     def record(
         self,
+        wanted: bool | Literal["auto"],
         plan: Plan | MixedPlan | None,
         *,
-        is_compiled: bool,
-        is_asked_for: bool,
+        is_compiled: bool = False,
         num_ranks: int = 1,
         most_tokens: int | None = None,
         recorder: Callable[[], Recorder] | None = None,
     ) -> None:
-        """Run packed batches in training by CUDA graphs from now on, where that can be.
-
-        Unless it is asked for, only where it costs nothing that somebody could miss: memory, where a step takes more
-        than half of it; results that are the same to the last bit, where deterministic algorithms are asked for.
+        """Run packed batches in training by CUDA graphs from now on, where that can be; forget those there are.
 
         Args:
+            wanted: ``auto`` for only where it costs nothing that somebody could miss: memory, where a step takes more
+                than half of it; results that are the same to the last bit, where algorithms are to be deterministic.
+                With ``True`` it is said what stands in the way.
             plan: What layers keep for the backward pass.
             is_compiled: Whether they are run by ``torch.compile``.
-            is_asked_for: If so, it is said what stands in the way.
             num_ranks: That train together.
             most_tokens: Of any batch, if that is known.
             recorder: As of :class:`~lightning_qlora.kernels.graphs.DecoderGraphs`; ``None`` for CUDA graphs.
         """
+        self.graphs = None
+        if wanted is False:
+            return
         base = base_model(self.model)
         plans = {plan.lean, plan.rich} if isinstance(plan, MixedPlan) else {plan}
         trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -109,21 +112,26 @@ class SupervisedForward:
             "the model is in parts": any(isinstance(p, DTensor) for p in trained),
             "there are other ranks": num_ranks > 1,
             "dropout draws random numbers": _draws(self.model),
-            "algorithms are to be deterministic": torch.are_deterministic_algorithms_enabled() and not is_asked_for,
+            "algorithms are to be deterministic": torch.are_deterministic_algorithms_enabled() and wanted == "auto",
         }
         found = [reason for reason, is_there in obstacles.items() if is_there]
         if not found:
-            obstacle = functools.partial(_obstacle, base.get_decoder(), may_fill_memory=is_asked_for)
             self.graphs = DecoderGraphs(
                 self._decode,
-                base.get_decoder().parameters(),
-                recorder or record_on_gpu,
-                obstacle,
-                tells=is_asked_for,
+                base.get_decoder(),
+                outer=[base],
+                recorder=recorder or record_on_gpu,
+                obstacle=functools.partial(_obstacle, may_fill_memory=wanted is True),
+                state=functools.partial(_state, self.model, _scalings(self.model), trained[0]),
+                tells=wanted is True,
                 most_tokens=most_tokens,
             )
-        elif is_asked_for:
+        elif wanted is True:
             rank_zero_info(f"cuda_graphs: not used, {found[0]}.")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what belongs to this object alone, for copies."""
+        return {**vars(self), "graphs": None}
 
     def _decode(self, input_ids: Tensor, position_ids: Tensor, documents: PackedDocuments) -> Tensor:
         arguments = document_arguments(input_ids, documents)
@@ -168,17 +176,24 @@ def _draws(model: nn.Module) -> bool:
     return any(value > 0 for value in (*attributes, *layers) if isinstance(value, float))
 
 
-def _obstacle(decoder: nn.Module, *, may_fill_memory: bool) -> str | None:
-    """Return what speaks against recording a decoder now."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    if any(vars(module)[name] for module in decoder.modules() for name in hooks):
-        return "hooks of its modules would not be called"
+def _scalings(model: nn.Module) -> list[dict[str, Any]]:
+    found = [vars(module).get("scaling") for module in model.modules()]
+    return [each for each in found if isinstance(each, dict)]
+
+
+def _state(model: PeftModel, scalings: list[dict[str, Any]], near: Tensor) -> object:
+    """Return what the code of adapters decides by, and what it computes in."""
+    return model.active_adapters, [tuple(each.values()) for each in scalings], autocast_dtype_of(near)
+
+
+def _obstacle(*, may_fill_memory: bool) -> str | None:
+    """Return what speaks against recording now, whatever the model."""
     if torch.is_anomaly_enabled():
         return "detect_anomaly looks at every operator"
     if not may_fill_memory and torch.cuda.is_available():
-        _, total = torch.cuda.mem_get_info()
-        most = torch.cuda.get_per_process_memory_fraction() * total
-        if 2 * torch.cuda.max_memory_allocated() > most:
+        free, total = torch.cuda.mem_get_info()
+        share = torch.cuda.get_per_process_memory_fraction() * total
+        if 2 * torch.cuda.max_memory_allocated() > min(share, free + torch.cuda.memory_reserved()):
             return "a step takes more than half of the memory"
     return None
 

@@ -52,7 +52,9 @@ def test_a_measurement(bench, capsys, monkeypatch, case, options):
         assert found["predicted_gib"] > 0
 
 
-@pytest.mark.parametrize("options", [["--plan", "none", "--fused_lora", "true"], ["--plan", "full"]])
+@pytest.mark.parametrize(
+    "options", [["--plan", "none", "--fused_lora", "true"], ["--plan", "full", "--cuda_graphs", "true"]]
+)
 def test_the_gate_passes_and_is_one(bench, capsys, monkeypatch, options):
     code, found = run(bench, capsys, monkeypatch, "gate", "chat2k_pack", *options)
     assert (code, found["passed"]) == (0, True)

@@ -21,9 +21,8 @@ def forward(module):
     module._supervised_forward.graphs = None
 
 
-def record(forward, plan="none", *, asked=True, compiled=False, num_ranks=1, recorder=lambda: None):
-    options = {"is_compiled": compiled, "is_asked_for": asked, "num_ranks": num_ranks, "recorder": recorder}
-    forward.record(plan, **options)
+def record(forward, wanted=True, plan="none", *, compiled=False, num_ranks=1, recorder=lambda: None):
+    forward.record(wanted, plan, is_compiled=compiled, num_ranks=num_ranks, recorder=recorder)
 
 
 @pytest.mark.parametrize(
@@ -37,16 +36,16 @@ def record(forward, plan="none", *, asked=True, compiled=False, num_ranks=1, rec
     ],
 )
 def test_what_stands_in_the_way_is_said_to_who_asked(forward, options, reason, caplog):
-    for asked in (False, True):
-        record(forward, asked=asked, **options)
+    for wanted in (False, "auto", True):
+        record(forward, wanted, **options)
         assert forward.graphs is None
-        assert (reason in caplog.text) == asked
+        assert (reason in caplog.text) == (wanted is True)
 
 
 def test_results_that_are_to_be_the_same_to_the_last_bit_are_not_recorded_unasked(forward):
     torch.use_deterministic_algorithms(True)
     try:
-        record(forward, asked=False)
+        record(forward, "auto")
         assert forward.graphs is None
         record(forward)
         assert forward.graphs is not None
@@ -65,15 +64,22 @@ def test_dropout_is_seen_before_any_number_is_drawn(forward, module, place, monk
     assert forward.graphs is None
 
 
-def test_hooks_and_anomaly_detection_are_noticed_before_recording(forward, module):
+def test_anomaly_detection_is_noticed_before_recording(forward):
     record(forward)
     assert forward.graphs.obstacle() is None
     with torch.autograd.set_detect_anomaly(True):
         assert "detect_anomaly" in forward.graphs.obstacle()
-    handle = module.model.get_base_model().get_decoder().layers[1].register_forward_hook(lambda *_: None)
-    assert "hooks" in forward.graphs.obstacle()
-    handle.remove()
-    assert forward.graphs.obstacle() is None
+
+
+def test_graphs_of_a_fit_that_broke_off_are_forgotten(forward):
+    for wanted, options in [(False, {}), ("auto", {"num_ranks": 2}), (True, {"plan": "offload"})]:
+        record(forward)
+        before = forward.graphs
+        assert before is not None
+        record(forward, wanted, **options)
+        assert forward.graphs is None
+    record(forward)
+    assert forward.graphs is not before
 
 
 def test_a_batch_that_is_padded_or_evaluated_is_left_to_the_model(forward, module):
