@@ -8,7 +8,7 @@ import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_qlora.checkpoints.loop_state import logger_step, set_logger_step
-from lightning_qlora.checkpoints.random_state import RandomState, capture_random_state, restore_random_state
+from lightning_qlora.random_state import RandomState, capture_random_state, restore_random_state
 from lightning_qlora.ranks import gather_objects
 
 __all__ = ["OptimizerBoundary"]

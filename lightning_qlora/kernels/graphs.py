@@ -16,14 +16,12 @@ been switched, and given up where hooks would not be called.
 
 from __future__ import annotations
 
-import random
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
@@ -33,6 +31,7 @@ from lightning_qlora.kernels.checkpointing import random_state_left_alone
 from lightning_qlora.kernels.graph_forms import Form, GraphInputs
 from lightning_qlora.kernels.launching import autocast_dtype_of
 from lightning_qlora.kernels.self_check import first_line
+from lightning_qlora.random_state import are_equal, capture_random_state, restore_random_state
 
 __all__ = ["DecoderGraphs", "Recorder", "record_on_gpu"]
 
@@ -112,6 +111,7 @@ class DecoderGraphs:
         self._recording: _Recording | None = None
         self._made_for: object = None
         self._hooks: list[dict[Any, Any]] = []
+        self._tensors: list[dict[str, Any]] = []
         self._batches = self._recordings = 0
 
     def __call__(self, input_ids: Tensor, position_ids: Tensor, lengths: Sequence[int]) -> Tensor | None:
@@ -169,7 +169,7 @@ class DecoderGraphs:
             return None
         inputs = GraphInputs(self._form, batch[0])
         inputs.fill(*batch)
-        before = _RandomState.now(inputs.starts)
+        before = capture_random_state()
         try:
             with _waiting_noticed(inputs.starts) as waits:
                 hidden = self.run(*inputs)
@@ -177,10 +177,10 @@ class DecoderGraphs:
             reason = f"the model cannot be recorded: {first_line(error)}"
         if reason is None and waits:
             reason = "the model decides by numbers that it waits for"
-        if reason is None and not before.is_that_of(_RandomState.now(inputs.starts)):
+        if reason is None and not are_equal(before, capture_random_state()):
             reason = "the model draws random numbers"
         if reason is not None:
-            before.restore(inputs.starts)  # as if nothing had been
+            restore_random_state(before)  # as if nothing had been
             self._refuse(reason)
             return None
         self._inputs = inputs
@@ -241,15 +241,15 @@ class _Recording:
         self._decode, self.inputs = run, inputs
         self._hidden: Tensor | None = None
         self._last: weakref.ref[_Run] | None = None  # what a backward pass may come for
-        with _leaves_in_place(decoder) as (self.parameters, self._leaves):
+        with _leaves_in_place(decoder) as (parameters, self._leaves):
             self.replay_forward, (output,) = record(self._forward)
             assert output is not None
             self.output, self.of_output = output, torch.zeros_like(output)
             self.replay_backward, found = record(self._backward)
-        lost = [p for p, gradient in zip(self.parameters, found, strict=True) if gradient is None]
+        lost = [p for p, gradient in zip(parameters, found, strict=True) if gradient is None]
         if any(p.grad is not None for p in lost):  # of the step before
             raise RuntimeError("gradients are missing")
-        self.trained = [p for p, gradient in zip(self.parameters, found, strict=True) if gradient is not None]
+        self.trained = [p for p, gradient in zip(parameters, found, strict=True) if gradient is not None]
         self.of_trained = [gradient for gradient in found if gradient is not None]
 
     def _forward(self) -> list[Tensor | None]:
@@ -314,12 +314,12 @@ def _leaves_in_place(module: nn.Module) -> Iterator[tuple[list[Tensor], list[Ten
         for name, parameter in each._parameters.items()
         if parameter is not None and parameter.requires_grad
     ]
-    trained = list({id(parameter): parameter for _, _, parameter in places}.values())
+    trained: list[Tensor] = list({id(parameter): parameter for _, _, parameter in places}.values())
     leaves = {id(parameter): nn.Parameter(parameter.detach()) for parameter in trained}
     for parameters, name, parameter in places:
         parameters[name] = leaves[id(parameter)]
     try:
-        yield list(trained), list(leaves.values())
+        yield trained, list(leaves.values())
     finally:
         for parameters, name, parameter in places:
             parameters[name] = parameter
@@ -341,29 +341,3 @@ def _waiting_noticed(near: Tensor) -> Iterator[list[str]]:
         finally:
             torch.cuda.set_sync_debug_mode(before)
     found += [str(each.message) for each in said if _WAITED in str(each.message)]
-
-
-class _RandomState(NamedTuple):
-    """The state of the generators that a model may draw from, as they are on the host."""
-
-    tensors: list[Tensor]
-    others: tuple[Any, ...]
-
-    @classmethod
-    def now(cls, near: Tensor) -> _RandomState:
-        of_gpu = [torch.cuda.get_rng_state(near.device)] if near.is_cuda else []
-        return cls([torch.get_rng_state(), *of_gpu], (random.getstate(), np.random.get_state()))
-
-    def is_that_of(self, other: _RandomState) -> bool:
-        """Whether nothing was drawn in between."""
-        (one, numpy), (two, numpy_two) = self.others, other.others
-        alike = all(map(np.array_equal, numpy, numpy_two))
-        return one == two and alike and all(map(torch.equal, self.tensors, other.tensors))
-
-    def restore(self, near: Tensor) -> None:
-        """Set the generators back."""
-        torch.set_rng_state(self.tensors[0])
-        if near.is_cuda:
-            torch.cuda.set_rng_state(self.tensors[1], near.device)
-        random.setstate(self.others[0])
-        np.random.set_state(self.others[1])

@@ -19,6 +19,7 @@ from lightning_qlora.kernels.attention import PackedDocuments, document_argument
 from lightning_qlora.kernels.checkpointing import OFFLOADING, MixedPlan, Plan
 from lightning_qlora.kernels.graphs import DecoderGraphs, Recorder, record_on_gpu
 from lightning_qlora.kernels.launching import autocast_dtype_of
+from lightning_qlora.memory import free_memory
 from lightning_qlora.model import base_model
 from lightning_qlora.schema import SFTBatch
 
@@ -191,9 +192,8 @@ def _obstacle(*, may_fill_memory: bool) -> str | None:
     if torch.is_anomaly_enabled():
         return "detect_anomaly looks at every operator"
     if not may_fill_memory and torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
-        share = torch.cuda.get_per_process_memory_fraction() * total
-        if 2 * torch.cuda.max_memory_allocated() > min(share, free + torch.cuda.memory_reserved()):
+        device = torch.device("cuda", torch.cuda.current_device())
+        if 2 * torch.cuda.max_memory_allocated() > free_memory(device) + torch.cuda.memory_reserved():
             return "a step takes more than half of the memory"
     return None
 

@@ -18,10 +18,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from typing_extensions import override
 
-from lightning_qlora.checkpoints.random_state import capture_random_state, restore_random_state
 from lightning_qlora.memory.layers import decoder_layers, embedding_alone, head_alone
 from lightning_qlora.model import base_model
 from lightning_qlora.parts import cut_until_used
+from lightning_qlora.random_state import capture_random_state, restore_random_state
 from lightning_qlora.strategies.integer_parameters import integer_parameters
 from lightning_qlora.strategies.sharded_load import ShardedLoad, laid_out
 

@@ -10,10 +10,10 @@ from tiny_run import Record, TinyData, assert_equal, final_state, make_jobs, tin
 
 from lightning_qlora.callbacks import AdapterCheckpoint
 from lightning_qlora.checkpoints.publishing import LocalStore
-from lightning_qlora.checkpoints.random_state import capture_random_state
 from lightning_qlora.data import PreferenceDataModule, SFTDataModule
 from lightning_qlora.losses import DPOLoss, KTOLoss, ORPOLoss
 from lightning_qlora.modules import PreferenceModule, SFTModule
+from lightning_qlora.random_state import capture_random_state
 
 QUESTIONS = ("What is {}?", "Please think about {} for a while, and then think again.", "{}")
 

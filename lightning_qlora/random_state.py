@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_leaves
 
-__all__ = ["RandomState", "capture_random_state", "restore_random_state"]
+__all__ = ["RandomState", "are_equal", "capture_random_state", "restore_random_state"]
 
 RandomState = dict[str, Any]
 """The states of Python's, NumPy's, torch's CPU and current CUDA generators; tensors and numbers only."""
@@ -42,3 +43,9 @@ def restore_random_state(state: RandomState) -> None:
     torch.set_rng_state(state["torch"].cpu())
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"].cpu())
+
+
+def are_equal(one: RandomState, two: RandomState) -> bool:
+    """Whether nothing was drawn between two states."""
+    pairs = zip(tree_leaves(one), tree_leaves(two), strict=True)
+    return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
