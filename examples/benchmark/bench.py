@@ -142,7 +142,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--plan", default="full", choices=[*PLANS, "auto"])
     parser.add_argument("--fused_lora", default="auto", choices=["auto", "true", "false"])
     parser.add_argument("--compile_layers", action="store_true")
-    parser.add_argument("--cuda_graphs", default="false", choices=["auto", "true", "false"])
+    parser.add_argument("--cuda_graphs", default="auto", choices=["auto", "true", "false"])
     parser.add_argument("--cap_gib", type=float, help="share of the GPU's memory that the process may take")
     parser.add_argument("--max_length", type=int, help="of a row, instead of the case's; of a context, the most to try")
     parser.add_argument("--rows", type=int, help="in a batch, instead of the case's")

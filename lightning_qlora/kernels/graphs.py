@@ -16,11 +16,12 @@ been switched, and given up where hooks would not be called.
 
 from __future__ import annotations
 
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from typing import Any, TypeAlias
+from contextlib import contextmanager, nullcontext, suppress
+from typing import Any, Self, TypeAlias
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -33,10 +34,13 @@ from lightning_qlora.kernels.launching import autocast_dtype_of
 from lightning_qlora.kernels.self_check import first_line
 from lightning_qlora.random_state import are_equal, capture_random_state, restore_random_state
 
-__all__ = ["DecoderGraphs", "Recorder", "record_on_gpu"]
+__all__ = ["DecoderGraphs", "HostPace", "Recorder", "record_on_gpu"]
 
 _RECORDINGS = 8  # before they have to pay
 _BATCHES_EACH = 100  # that a further one has to pay in
+_LESS = 0.85  # of the host's time for a forward pass; in backward passes kernels are larger
+_CYCLES = 1_000_000  # of which nobody says how long they are: half a millisecond
+_LONGEST_SLEEP_MS = 500.0
 _WAITED = "called a synchronizing CUDA operation"  # torch's warning
 _HOOKED = "hooks of its modules would not be called"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -67,11 +71,49 @@ def record_on_gpu() -> Recorder:
     return record
 
 
+class HostPace:
+    """Compares how long the current GPU takes for work with how long the host does that launches it.
+
+    The GPU sleeps at first, and then does at one go what was launched meanwhile.
+
+    Args:
+        expected_s: What the host took for the like before. The lesser time counts: something else may run there.
+    """
+
+    def __init__(self, expected_s: float) -> None:
+        self.expected_ms = 1000 * expected_s
+        self._asleep, self._awake, self._done = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+
+    def __enter__(self) -> Self:
+        self._sleep(_CYCLES)
+        torch.cuda.synchronize()
+        sleep_ms = min(self.expected_ms, _LONGEST_SLEEP_MS)
+        self._sleep(int(_CYCLES * sleep_ms / self._asleep.elapsed_time(self._awake)))
+        self._begun = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.record()
+        self.host_ms = min(self.expected_ms, 1000 * (time.perf_counter() - self._begun))
+
+    def host_is_slow(self) -> bool:
+        """Whether the GPU needs less time."""
+        self._done.synchronize()
+        self.gpu_ms = float(self._awake.elapsed_time(self._done))
+        return self.gpu_ms < _LESS * self.host_ms
+
+    def _sleep(self, cycles: int) -> None:
+        self._asleep.record()
+        torch.cuda._sleep(cycles)
+        self._awake.record()
+
+
 class DecoderGraphs:
     """Runs a decoder in training by graphs, which it records as batches come.
 
-    The first batch of a size runs as it is, the second in the form of a recording, and with the third it is recorded.
-    A batch that does not fit lets go of the recording, whose memory it needs, and begins a larger one.
+    The first batch of a size runs as it is, the second in the form of a recording, and with the third it is recorded,
+    or with the fourth, where the third is timed. A batch that does not fit lets go of the recording, whose memory it
+    needs, and begins a larger one.
 
     Args:
         run: Runs the decoder.
@@ -80,6 +122,8 @@ class DecoderGraphs:
         recorder: Makes what records; CUDA graphs.
         obstacle: Says what speaks against recording, just before it; ``None`` where nothing does.
         state: Returns what the decoder's code decides by besides: what a recording was made for.
+        pace: Times a batch, from how many seconds the host took for another one: nothing is recorded then where the GPU
+            is what is slow.
         tells: Whether it is said that, and why, nothing is recorded.
         most_tokens: Of any batch, if that is known.
     """
@@ -93,6 +137,7 @@ class DecoderGraphs:
         recorder: Callable[[], Recorder] = record_on_gpu,
         obstacle: Callable[[], str | None] = lambda: None,
         state: Callable[[], object] = lambda: None,
+        pace: Callable[[float], HostPace] | None = None,
         tells: bool = True,
         most_tokens: int | None = None,
     ) -> None:
@@ -100,6 +145,7 @@ class DecoderGraphs:
         self.recorder = recorder
         self.obstacle = obstacle
         self.state = state
+        self.pace = pace
         self.tells = tells
         self.most_tokens = most_tokens
         self.refusal: str | None = None
@@ -107,7 +153,9 @@ class DecoderGraphs:
         self.replays = 0
         """How many batches were run by a recording."""
         self._form: Form | None = None
-        self._inputs: GraphInputs | None = None  # after a rehearsal
+        self._rehearsals = 0
+        self._rehearsed_s = 0.0  # that the host took for the last
+        self._timed: HostPace | None = None  # the second
         self._recording: _Recording | None = None
         self._made_for: object = None
         self._hooks: list[dict[Any, Any]] = []
@@ -144,10 +192,10 @@ class DecoderGraphs:
             if self._made_for != self._identity():
                 self.release()
         batch = input_ids, position_ids, padded
-        if self._inputs is None:
+        if self._rehearsals < (1 if self.pace is None else 2):
             return self._rehearse(*batch)
         if self._recording is None:
-            self._record()
+            self._record(*batch)
         if self._recording is None or self._recording.is_in_use():
             return None
         self.replays += 1
@@ -156,7 +204,8 @@ class DecoderGraphs:
     def release(self) -> None:
         """Let go of the recording and its memory."""
         had_one = self._recording is not None
-        self._recording = self._inputs = None
+        self._recording = self._timed = None
+        self._rehearsals = 0
         if had_one and torch.cuda.is_initialized():
             torch.cuda.empty_cache()  # of which only graphs could make use
 
@@ -169,9 +218,12 @@ class DecoderGraphs:
             return None
         inputs = GraphInputs(self._form, batch[0])
         inputs.fill(*batch)
-        before = capture_random_state()
+        timed = None
+        if self.pace is not None and self._rehearsals:  # kernels are compiled by now
+            timed = self.pace(self._rehearsed_s)
+        before, begun = capture_random_state(), time.perf_counter()
         try:
-            with _waiting_noticed(inputs.starts) as waits:
+            with timed or nullcontext(), _waiting_noticed(inputs.starts) as waits:
                 hidden = self.run(*inputs)
         except Exception as error:  # models decide by numbers in many ways; or there is not the memory
             reason = f"the model cannot be recorded: {first_line(error)}"
@@ -183,20 +235,23 @@ class DecoderGraphs:
             restore_random_state(before)  # as if nothing had been
             self._refuse(reason)
             return None
-        self._inputs = inputs
+        self._rehearsals, self._rehearsed_s, self._timed = self._rehearsals + 1, time.perf_counter() - begun, timed
         return hidden
 
-    def _record(self) -> None:
+    def _record(self, *batch: Any) -> None:
         assert self._form is not None
-        assert self._inputs is not None
         reason = self._reason()
+        if self._timed is not None and not self._timed.host_is_slow():
+            reason = "the GPU is what is slow"
         if self._recordings >= _RECORDINGS + self._batches // _BATCHES_EACH:
             reason = "it would have to be recorded again and again"
         if reason is not None:
             self._refuse(reason)
             return
+        inputs = GraphInputs(self._form, batch[0])
+        inputs.fill(*batch)
         try:
-            self._recording = _Recording(self.run, self.decoder, self._inputs, self.recorder())
+            self._recording = _Recording(self.run, self.decoder, inputs, self.recorder())
         except Exception as error:  # for want of memory, or since a model does what a driver does not record
             self._refuse(f"recording failed: {first_line(error)}")
             return

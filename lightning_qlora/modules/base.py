@@ -117,9 +117,9 @@ class CausalLMModule(L.LightningModule):
             where a family has its own attention or a router; not in layers that follow a selective plan.
         cuda_graphs: Launch a step's forward and backward pass as a whole, from the third batch on: a GPU is done with
             the kernels of a small model, or of few tokens, before the host has launched the next. Packed batches are
-            padded to one size, and what the passes take of memory stays taken between steps. auto does so where that is
-            less than half of it, and algorithms need not be deterministic; true wherever it is possible, and says why
-            where it is not: several GPUs, plans that use host memory, dropout, compile_layers, hooks.
+            padded to one size, and what the passes take of memory stays taken between steps. auto does so where the
+            host is slow, that is less than half of it, and algorithms need not be deterministic; true where it can be,
+            and says why where not: FSDP, plans that use host memory, dropout, compile_layers, hooks.
         untrained_tokens: What to do when the chat template writes control tokens that the base was never trained on:
             refuse, train their embedding rows (auto), or go on regardless (ignore).
         dtype: Of everything that is not quantised: float32, bfloat16 or float16; null chooses by hardware.
@@ -149,7 +149,7 @@ class CausalLMModule(L.LightningModule):
         fused_lora: bool | Literal["auto"] = "auto",
         fused_elementwise: bool = True,
         compile_layers: bool = False,
-        cuda_graphs: bool | Literal["auto"] = False,
+        cuda_graphs: bool | Literal["auto"] = "auto",
         untrained_tokens: Literal["refuse", "auto", "ignore"] = "refuse",
         dtype: Literal["float32", "bfloat16", "float16"] | None = None,
         attn_implementation: str | None = None,
@@ -305,7 +305,6 @@ class CausalLMModule(L.LightningModule):
                 self.cuda_graphs,
                 self.layer_plan,
                 is_compiled=self.compile_layers,
-                num_ranks=self.trainer.world_size,
                 most_tokens=most_tokens(getattr(self.trainer, "datamodule", None)),
             )
 

@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from lightning_qlora.kernels.attention import PackedDocuments, document_arguments, packed_attention_arguments
 from lightning_qlora.kernels.checkpointing import OFFLOADING, MixedPlan, Plan
-from lightning_qlora.kernels.graphs import DecoderGraphs, Recorder, record_on_gpu
+from lightning_qlora.kernels.graphs import DecoderGraphs, HostPace, Recorder, record_on_gpu
 from lightning_qlora.kernels.launching import autocast_dtype_of
 from lightning_qlora.memory import free_memory
 from lightning_qlora.model import base_model
@@ -82,19 +82,17 @@ class SupervisedForward:
         plan: Plan | MixedPlan | None,
         *,
         is_compiled: bool = False,
-        num_ranks: int = 1,
         most_tokens: int | None = None,
         recorder: Callable[[], Recorder] | None = None,
     ) -> None:
         """Run packed batches in training by CUDA graphs from now on, where that can be; forget those there are.
 
         Args:
-            wanted: ``auto`` for only where it costs nothing that somebody could miss: memory, where a step takes more
-                than half of it; results that are the same to the last bit, where algorithms are to be deterministic.
-                With ``True`` it is said what stands in the way.
+            wanted: ``auto`` for only where it pays, since the host is what is slow, and costs nothing that somebody
+                could miss: memory, where a step takes more than half of it; results that are the same to the last bit,
+                where algorithms are to be deterministic. With ``True`` it is said what stands in the way.
             plan: What layers keep for the backward pass.
             is_compiled: Whether they are run by ``torch.compile``.
-            num_ranks: That train together.
             most_tokens: Of any batch, if that is known.
             recorder: As of :class:`~lightning_qlora.kernels.graphs.DecoderGraphs`; ``None`` for CUDA graphs.
         """
@@ -111,7 +109,6 @@ class SupervisedForward:
             "activation_checkpointing keeps tensors in host memory": not plans.isdisjoint(OFFLOADING),
             "compile_layers is on": is_compiled,
             "the model is in parts": any(isinstance(p, DTensor) for p in trained),
-            "there are other ranks": num_ranks > 1,
             "dropout draws random numbers": _draws(self.model),
             "algorithms are to be deterministic": torch.are_deterministic_algorithms_enabled() and wanted == "auto",
         }
@@ -124,6 +121,7 @@ class SupervisedForward:
                 recorder=recorder or record_on_gpu,
                 obstacle=functools.partial(_obstacle, may_fill_memory=wanted is True),
                 state=functools.partial(_state, self.model, _scalings(self.model), trained[0]),
+                pace=HostPace if wanted == "auto" and recorder is None else None,
                 tells=wanted is True,
                 most_tokens=most_tokens,
             )

@@ -59,8 +59,8 @@ def test_a_small_model_with_graphs_and_without_beside_the_peers_that_do_the_same
         f"peers.py run {peer} CHECKPOINT-0.5b{options}" for peer in peers
     ]
     own = [command.removesuffix(options) for command in planned if command.startswith("bench")]
-    assert own[::2] == [f"{command} --cuda_graphs auto" for command in own[1::2]]
-    assert own[1::2] == [f"bench.py run {what}" for what in ("full2k --plan full", "full2k --plan none",
+    assert own[1::2] == [f"{command} --cuda_graphs false" for command in own[::2]]
+    assert own[::2] == [f"bench.py run {what}" for what in ("full2k --plan full", "full2k --plan none",
                                                             "chat2k_pack --plan none")]  # fmt: skip
 
 
@@ -135,7 +135,7 @@ def test_only_what_is_asked_for(everything, fake, tmp_path, peer):
         (["start", "small"], "unsloth", (), [MAKE_SMALL]),
         (["start", "small"], "CHECKPOINT", ("-0.5b",), [MAKE]),
         (["start", "small"], "CHECKPOINT", (), [MAKE, MAKE_SMALL]),
-        (["cpu", "small"], "--cuda_graphs auto", (), []),
+        (["cpu", "small"], "--cuda_graphs false", (), []),
     ],
 )
 def test_only_bases_that_are_read_and_not_there_are_made(everything, tmp_path, groups, containing, there, made):

@@ -1,8 +1,11 @@
 """Every supported strategy takes, on two ranks, the steps that one device takes on the same batches."""
 
+import functools
+
 import lightning as L
 import pytest
 import torch
+from graph_tape import attend_by_starts, record_on_tape
 from peft import LoraConfig
 from tiny_adapters import write_adapter
 from tiny_models import pack_batch, save_tiny_model
@@ -13,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from lightning_qlora.losses import DPOLoss
 from lightning_qlora.modules import SFTModule
+from lightning_qlora.modules.forward import SupervisedForward
 from lightning_qlora.strategies import FSDP2Strategy, QLoRADDPStrategy
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the forked processes; nothing here depends on warnings
@@ -80,9 +84,10 @@ class Ranks(L.LightningDataModule):
 
 class Losses(L.Callback):
     def __init__(self):
-        self.values, self.norms = [], []
+        self.values, self.norms, self.replays = [], [], 0
 
-    def on_train_batch_end(self, trainer, *_):
+    def on_train_batch_end(self, trainer, module, *_):
+        self.replays = module.graph_replays
         if "train_loss" in trainer.callback_metrics:
             self.values.append(float(trainer.callback_metrics["train_loss"]))
             self.norms.append(float(trainer.callback_metrics["gradient_norm"]))
@@ -103,7 +108,7 @@ def fit(module, data, accumulate=1, **options):
     )  # fmt: skip
     trainer.fit(module, datamodule=data)
     trained = {n: whole(p.detach()) for n, p in module.named_parameters() if p.requires_grad}
-    return {"losses": losses.values, "norms": losses.norms, "trained": trained}
+    return {"losses": losses.values, "norms": losses.norms, "trained": trained, "replays": losses.replays}
 
 
 def assert_same_steps(found, expected):
@@ -154,11 +159,21 @@ def check(case, strategy, base, folder, **more):
     )
     for found in ranks:
         assert_same_steps(found, expected)
+    return ranks
 
 
 @pytest.mark.parametrize(("case", "strategy"), FAST)
 def test_two_ranks_take_the_steps_of_one(base, tmp_path, case, strategy):
     check(case, strategy, base, tmp_path)
+
+
+@pytest.mark.parametrize("case", ["filler", "selective"])
+def test_ranks_that_replay_what_they_recorded_take_the_steps_of_one(base, tmp_path, monkeypatch, case):
+    attend_by_starts(monkeypatch)
+    record = functools.partialmethod(SupervisedForward.record, recorder=record_on_tape)
+    monkeypatch.setattr(SupervisedForward, "record", record)
+    ranks = check(case, "ddp", base, tmp_path, cuda_graphs=True)
+    assert [found["replays"] for found in ranks] == [3 * 2 - 2] * 2
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from tiny_models import random_batch, save_tiny_model
 from tiny_run import tiny_module, tiny_trainer
 from torch.utils.data import DataLoader
 
-from lightning_qlora.kernels.graphs import DecoderGraphs
+from lightning_qlora.kernels.graphs import DecoderGraphs, HostPace
 
 
 class Decoder(torch.nn.Module):
@@ -231,6 +231,66 @@ def test_a_batch_whose_backward_pass_may_come_is_not_overwritten():
     assert check(graphs, decoder, other)
     graphs(*batch)  # nobody keeps it
     assert check(graphs, decoder, other)
+
+
+def test_nothing_is_overwritten_that_an_earlier_backward_pass_needs():
+    """Not before a recording is made either, where a loss is of several batches."""
+    decoder = Decoder()
+    decoder.table = torch.nn.Parameter(torch.zeros(50, 6))
+
+    def run(ids, positions, documents):
+        return decoder(ids, positions, documents) + torch.nn.functional.embedding(ids, decoder.table)  # keeps the ids
+
+    graphs = DecoderGraphs(run, decoder, recorder=record_on_tape, pace=Pace)
+    batches = [batch_of(40, 30, seed=seed) for seed in range(3)]
+    assert graphs(*batches[0]) is None
+    sum(loss_of_tokens(graphs(*batch), batch) for batch in batches).backward()
+    assert graphs.replays == 1
+    gradients = [expected(decoder, batch)[1] for batch in batches]
+    torch.testing.assert_close(decoder.weight.grad, sum(gradients), rtol=1e-4, atol=1e-4)
+
+
+class Pace:
+    """Stands in for what times batches."""
+
+    is_slow, seen = True, 0
+
+    def __init__(self, expected_s):
+        assert 0 < expected_s < 10
+
+    def __enter__(self):
+        Pace.seen += 1
+
+    def __exit__(self, *_):
+        pass
+
+    def host_is_slow(self):
+        return self.is_slow
+
+
+@pytest.mark.parametrize("is_slow", [True, False])
+def test_where_the_gpu_is_what_is_slow_nothing_is_recorded(monkeypatch, is_slow):
+    monkeypatch.setattr(Pace, "is_slow", is_slow)
+    monkeypatch.setattr(Pace, "seen", 0)
+    decoder = Decoder()
+    graphs = graphs_of(decoder, pace=Pace)
+    taken = [check(graphs, decoder, batch_of(70, 20)) for _ in range(5)]
+    assert taken == [False, True, True, is_slow, is_slow]
+    assert Pace.seen == 1  # the second in that form, in which no kernel is compiled any more
+    assert graphs.replays == 2 * is_slow
+    assert graphs.refusal == (None if is_slow else "the GPU is what is slow")
+
+
+def test_each_size_is_timed():
+    decoder = Decoder()
+    graphs = graphs_of(decoder, pace=Pace)
+    for _ in range(5):
+        check(graphs, decoder, batch_of(70, 20))
+    before = Pace.seen
+    taken = [check(graphs, decoder, batch_of(300, 20)) for _ in range(5)]
+    assert taken == [False, True, True, True, True]
+    assert graphs.replays == 2 + 2
+    assert Pace.seen == before + 1
 
 
 def test_a_gradient_of_a_gradient_is_refused_and_not_silently_nothing():
@@ -498,6 +558,31 @@ def test_recorded_training_is_training(tmp_path, family, plan, lengths, accumula
     assert found[True].replays >= 2 * len(lengths) - 8
     assert found[True].losses == pytest.approx(found[False].losses, rel=2e-3)
     assert len({round(loss, 5) for loss in found[True].losses}) > len(lengths)
+
+
+@pytest.mark.gpu
+def test_who_is_slow_is_seen():
+    numbers, square = torch.zeros(8, device="cuda"), torch.ones(4096, 4096, device="cuda")
+    for _ in range(2):
+        with HostPace(0.05) as many_kernels:
+            for _ in range(800):
+                numbers.add_(1)
+        with HostPace(0.001) as long_kernels:
+            for _ in range(20):
+                square @ square
+    assert many_kernels.host_is_slow()
+    assert not long_kernels.host_is_slow()
+    assert 0 < many_kernels.gpu_ms < many_kernels.host_ms < 50 < long_kernels.gpu_ms
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")
+def test_a_small_model_is_recorded_unasked(tmp_path):
+    module, watch = tiny_module(save_tiny_model(tmp_path / "base"), dropout=0.0), Losses()
+    tiny_trainer(tmp_path, watch, accelerator="gpu", precision="bf16-mixed", max_epochs=1).fit(
+        module, datamodule=Data(MIXED)
+    )
+    assert watch.replays >= len(MIXED) - 6
 
 
 @pytest.mark.gpu
