@@ -6,7 +6,15 @@
 from lightning_qlora.kernels.checkpointing import MixedPlan
 from lightning_qlora.memory.estimate import MemoryEstimate, MemoryModel, Sharding
 from lightning_qlora.memory.optimizer import OptimizerMemory, build_optimizer, optimizer_memory
-from lightning_qlora.memory.run import PlanChoice, autocast_dtype, choose_plan, free_memory, memory_of_run, most_tokens
+from lightning_qlora.memory.run import (
+    PlanChoice,
+    autocast_dtype,
+    choose_plan,
+    free_memory,
+    host_has_room,
+    memory_of_run,
+    most_tokens,
+)
 from lightning_qlora.memory.simulation import PLANS, Device, Plan, SimulationError, StepMemory, simulate_step
 from lightning_qlora.memory.skeleton import build_base_skeleton, build_skeleton, skeleton_of
 
@@ -28,6 +36,7 @@ __all__ = [
     "build_skeleton",
     "choose_plan",
     "free_memory",
+    "host_has_room",
     "memory_of_run",
     "most_tokens",
     "optimizer_memory",

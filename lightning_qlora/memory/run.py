@@ -21,7 +21,15 @@ from lightning_qlora.memory.optimizer import OptimizerMemory, optimizer_memory
 from lightning_qlora.memory.simulation import SimulationError
 from lightning_qlora.memory.skeleton import skeleton_of
 
-__all__ = ["PlanChoice", "autocast_dtype", "choose_plan", "free_memory", "memory_of_run", "most_tokens"]
+__all__ = [
+    "PlanChoice",
+    "autocast_dtype",
+    "choose_plan",
+    "free_memory",
+    "host_has_room",
+    "memory_of_run",
+    "most_tokens",
+]
 
 _GIB = 2**30
 _GAPS = 0.05  # of the memory: gaps between tensors, and what the estimate is off by
@@ -141,6 +149,13 @@ def free_memory(device: torch.device) -> int:
         share = int(torch.cuda.get_per_process_memory_fraction(device) * total)
         return min(free, share - torch.cuda.memory_reserved(device))
     return min(int(psutil.virtual_memory().available), _left_in_group())
+
+
+def host_has_room(device: torch.device, num_devices: int) -> bool:
+    """Whether what this process holds on a device fits on the host, if others do the same with as many devices."""
+    if device.type != "cuda":
+        return True
+    return num_devices * torch.cuda.memory_allocated(device) < (1 - _GAPS) * free_memory(torch.device("cpu"))
 
 
 def _left_in_group(root: Path = Path("/sys/fs/cgroup")) -> int:

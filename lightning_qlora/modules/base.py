@@ -1,4 +1,4 @@
-"""What every fine-tuning module shares: the 4-bit base with adapters, the optimizer, and exact normalisation."""
+"""What every fine-tuning module shares: the 4-bit base with adapters, the optimizer, checkpoints and generation."""
 
 from __future__ import annotations
 
@@ -7,16 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import LoraConfig, PeftConfig, PeftModel
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from typing_extensions import override
@@ -30,7 +27,7 @@ from lightning_qlora.kernels.checkpointing import PLANS, MixedPlan, Plan
 from lightning_qlora.kernels.compilation import compile_decoder
 from lightning_qlora.kernels.elementwise import fuse_elementwise
 from lightning_qlora.kernels.lora import fuse_lora_if_equal
-from lightning_qlora.memory import autocast_dtype, choose_plan, most_tokens
+from lightning_qlora.memory import autocast_dtype, choose_plan, host_has_room, most_tokens
 from lightning_qlora.model import (
     Quantization,
     attach_adapters,
@@ -44,6 +41,7 @@ from lightning_qlora.modules.averaging import forget_missing, refuse_early_avera
 from lightning_qlora.modules.forward import SupervisedForward
 from lightning_qlora.modules.generation import generate_answers
 from lightning_qlora.modules.lr_schedulers import WarmupCosine
+from lightning_qlora.modules.normalisation import SummedLossModule
 from lightning_qlora.modules.precision import check_precision, clip_gradients
 from lightning_qlora.modules.record import (
     allowed_by_callbacks,
@@ -60,12 +58,10 @@ from lightning_qlora.modules.record import (
 from lightning_qlora.modules.schedule import Schedule, ScheduleCallable
 from lightning_qlora.modules.special_tokens import add_stop_tokens, tokens_to_train
 from lightning_qlora.modules.steps import restore_accumulation
-from lightning_qlora.ranks import add_up
 from lightning_qlora.redaction import scrub
 from lightning_qlora.schema import ChatDataModule, PromptBatch, SFTBatch
 from lightning_qlora.signals import tell_ranks_without_waiting
 from lightning_qlora.strategies import build_sharded, check_is_sharded, check_strategy, shard
-from lightning_qlora.transfers import Readback
 
 __all__ = ["CausalLMModule"]
 
@@ -73,7 +69,7 @@ CHECKPOINT_KEY = "lightning_qlora"
 _CHECKPOINT_FORMAT = 1
 
 
-class CausalLMModule(L.LightningModule):
+class CausalLMModule(SummedLossModule):
     """A causal language model whose frozen base is 4-bit and whose adapters are trained (QLoRA, arXiv:2305.14314).
 
     The base is loaded in ``configure_model``, on each rank's own device, so that building the module is free. Its
@@ -200,8 +196,6 @@ class CausalLMModule(L.LightningModule):
         self._schedule: Schedule | None = None
         self._optimizers: dict[str, str | None] | None = None  # names of what this fit trains with
         self._resumed: dict[str, str | None] | None = None  # and of what its checkpoint was made with
-        self._window: Tensor | None = None  # sums of the optimizer step under way: loss, terms, extras
-        self._shown: Readback | None = None  # the loss of the last step
 
     @property
     @override
@@ -291,12 +285,12 @@ class CausalLMModule(L.LightningModule):
 
     @override
     def on_train_start(self) -> None:
+        super().on_train_start()
         # A full collection walks all objects of all libraries, some tenths of a second in the middle of a step.
         gc.collect()
         gc.freeze()
         if self.trainer.world_size > 1:
             tell_ranks_without_waiting(self.trainer)
-        self._window = self._shown = None  # of an earlier fit that broke off; of a resumed epoch no start is told
         restore_accumulation(self.trainer)
         if self._schedule is not None:
             self._schedule.renew(self.trainer, self.lr)
@@ -313,6 +307,14 @@ class CausalLMModule(L.LightningModule):
         gc.unfreeze()
         if self._supervised_forward is not None:
             self._supervised_forward.graphs = None  # with the memory they hold
+
+    @override
+    def cpu(self) -> Self:
+        """Move to the host, as a trainer does with its module when it ends, unless there is not the room."""
+        if self._trainer is not None and not host_has_room(self.device, self._trainer.num_devices):
+            rank_zero_warn("The model stays on its GPU, for the host has not the memory that it takes there.")
+            return self
+        return super().cpu()
 
     def supervised_forward(self, batch: SFTBatch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Run the model on a batch; return what predicts its supervised tokens, and the head that reads it.
@@ -366,59 +368,6 @@ class CausalLMModule(L.LightningModule):
         if schedule is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": schedule.config(self.trainer)}
-
-    # Exact normalisation
-
-    def count_terms(self, loss_sum: Tensor, num_terms: int, *extras: Tensor) -> None:
-        """Add one micro-batch to the running optimizer step.
-
-        Args:
-            loss_sum: Its summed loss.
-            num_terms: How many tokens or pairs it sums over.
-            extras: Further scalars that :meth:`on_step_totals` is given the sums of.
-        """
-        terms = loss_sum.new_full((), float(num_terms))
-        sums = torch.stack([value.detach().float() for value in (loss_sum, terms, *extras)])
-        self._window = sums if self._window is None else self._window + sums
-
-    @override
-    def on_train_epoch_start(self) -> None:
-        self._window = self._shown = None
-
-    @override
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Turn the gradient of summed losses into that of the mean over all terms of the step.
-
-        Lightning has divided each loss by ``accumulate_grad_batches`` (also in a short last window) and the strategy
-        averages over ranks; a mean of such means is off by over 20 % on ragged batches (huggingface/transformers#34191,
-        Lightning-AI/pytorch-lightning#20350). This hook runs before gradients are clipped, and logs their norm as it is
-        then.
-        """
-        if self._window is None:
-            return
-        totals, self._window = add_up(self._window), None
-        loss_sum, num_terms = totals[0], totals[1].clamp(min=1.0)
-        scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / num_terms
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if gradients:
-            torch._foreach_mul_(gradients, scale.to(gradients[0].device))  # on the host where a strategy offloads them
-            self.log("gradient_norm", _full(get_total_norm(gradients)))
-        # On the host: Lightning would copy a Python number to the GPU and wait for it.
-        self.log("learning_rate", torch.tensor(float(optimizer.param_groups[0]["lr"])))
-        loss = loss_sum / num_terms
-        self.log("train_loss", loss)
-        self._show(loss)
-        self.on_step_totals(totals[2:])
-
-    def _show(self, loss: Tensor) -> None:
-        """Log what the progress bar shows; Lightning reads that in every step, and would wait for this one's loss."""
-        before, self._shown = self._shown, Readback(loss)
-        arrived = before if loss.is_cuda else self._shown
-        if arrived is not None:
-            self.log("loss", arrived.wait(), prog_bar=True, logger=False)
-
-    def on_step_totals(self, extras: Tensor) -> None:
-        """Hook for subclasses: the sums of :meth:`count_terms`' extras over the optimizer step and all ranks."""
 
     @override
     def configure_gradient_clipping(
@@ -537,11 +486,6 @@ class CausalLMModule(L.LightningModule):
 def _forget_the_base(module: CausalLMModule, keys: Any) -> None:
     """That the base is not among what is loaded is no news, so it is not reported as missing."""
     forget_missing(keys.missing_keys, module._adapter_keys)
-
-
-def _full(norm: Tensor) -> Tensor:
-    """Return the norm over all ranks where gradients are sharded."""
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def _check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:

@@ -585,6 +585,80 @@ def test_a_small_model_is_recorded_unasked(tmp_path):
     assert watch.replays >= len(MIXED) - 6
 
 
+def fit_on_gpu(folder, base, *callbacks, **options):
+    L.seed_everything(0)
+    watch = Losses()
+    trainer = tiny_trainer(folder, *callbacks, watch, accelerator="gpu", precision="bf16-mixed", max_epochs=1)
+    trainer.fit(tiny_module(base, dropout=0.0, lr=1e-3, **options), datamodule=Data(MIXED))
+    return watch
+
+
+class WaitBehind(torch.autograd.Function):
+    """Waits for the GPU as torch does not notice: what it does then, a driver refuses to record."""
+
+    @staticmethod
+    def forward(ctx, hidden, way):
+        ctx.way = way
+        if way == "forward":
+            torch.cuda.current_stream().synchronize()
+        return hidden.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        if ctx.way == "backward":
+            torch.cuda.current_stream().synchronize()
+        return gradient, None
+
+
+class Waiting(L.Callback):
+    def __init__(self, way):
+        self.way = way
+
+    def on_train_start(self, trainer, module):
+        norm = module.model.get_base_model().get_decoder().norm
+        plain = norm.forward
+        norm.forward = lambda hidden: WaitBehind.apply(plain(hidden), self.way)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("graphs", ["auto", True])
+@pytest.mark.parametrize("way", ["forward", "backward"])
+def test_a_run_outlives_a_recording_that_its_driver_refuses(tmp_path, way, graphs, caplog):
+    base = save_tiny_model(tmp_path / "base")
+    plain = fit_on_gpu(tmp_path, base, cuda_graphs=False)
+    found = fit_on_gpu(tmp_path, base, Waiting(way), cuda_graphs=graphs)
+    assert ("recording failed" in caplog.text) == (graphs is True)
+    assert found.replays == 0
+    assert found.losses == pytest.approx(plain.losses, rel=2e-3)
+    again = fit_on_gpu(tmp_path, base, cuda_graphs=True)  # in the same process
+    assert again.replays >= len(MIXED) - 6
+    assert again.losses == pytest.approx(plain.losses, rel=2e-3)
+
+
+KINDS = {
+    "eight bits": {"quantization": "int8"},
+    "sixteen bits": {"quantization": None, "dtype": "bfloat16"},
+    "DoRA": {"lora": {"use_dora": True}},
+    "rank-stabilised, of few layers": {"lora": {"use_rslora": True, "target_modules": ["q_proj", "down_proj"]}},
+    "plain PEFT": {"fused_lora": False, "fused_elementwise": False},
+    "a trained head": {"lora": {"modules_to_save": ["lm_head", "embed_tokens"]}},
+    "trained rows": {"lora": {"trainable_token_indices": [7, 9]}},
+    "transformers' attention": {"attn_implementation": "sdpa"},
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_models_are_trained_unasked_as_without(tmp_path, kind):
+    base = save_tiny_model(tmp_path / "base")
+    plain, found = (fit_on_gpu(tmp_path, base, cuda_graphs=graphs, **KINDS[kind]) for graphs in (False, "auto"))
+    assert plain.replays == 0
+    assert found.losses == pytest.approx(plain.losses, rel=2e-3)
+    assert len({round(loss, 5) for loss in found.losses}) > len(MIXED) - 1
+
+
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore")
 def test_with_dropout_a_run_goes_on_without_graphs(tmp_path, capfd):

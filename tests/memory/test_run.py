@@ -23,7 +23,7 @@ from lightning_qlora.memory import (
     simulate_step,
 )
 from lightning_qlora.memory import run as run_module
-from lightning_qlora.memory.run import _left_in_group, free_memory
+from lightning_qlora.memory.run import _left_in_group, free_memory, host_has_room
 
 LAYERS = 6
 TOKENS = 16384  # so that a layer's input is more than what is not worth moving
@@ -150,6 +150,14 @@ def test_limits_of_a_control_group(tmp_path):
     for limit, left in (("1000", 700), ("200", 0), ("max", 2**62)):
         (tmp_path / "memory.max").write_text(f"{limit}\n")
         assert _left_in_group(tmp_path) == left
+
+
+@pytest.mark.parametrize(("num_devices", "has_room"), [(1, True), (2, False)])
+def test_a_host_has_room_for_what_all_its_gpus_hold(monkeypatch, num_devices, has_room):
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 6 * 2**30)
+    monkeypatch.setattr(run_module, "free_memory", lambda device: {"cpu": 12 * 2**30}[device.type])
+    assert host_has_room(torch.device("cuda", 0), num_devices) == has_room
+    assert host_has_room(torch.device("cpu"), num_devices)
 
 
 def test_a_gpus_free_memory_keeps_to_the_share_of_the_process(monkeypatch):

@@ -1,6 +1,7 @@
 import csv
 import json
 import math
+import warnings
 
 import lightning as L
 import pytest
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from lightning_qlora.callbacks import PredictionWriter
 from lightning_qlora.modules import SFTModule, WarmupCosine, WarmupLinear, special_tokens
+from lightning_qlora.modules import base as base_module
 
 
 @pytest.fixture(scope="module")
@@ -297,3 +299,18 @@ def test_the_norm_of_the_gradient_is_logged_as_it_is_before_clipping(base, tmp_p
         assert norms[:-1] == pytest.approx(recorder.norms, rel=1e-4)  # gradients are dropped before the next step
     else:
         assert min(norms) > 10 * clip
+
+
+@pytest.mark.parametrize("has_room", [True, False])
+def test_a_model_that_the_host_has_not_the_memory_for_stays_where_it_is(base, tmp_path, monkeypatch, has_room):
+    """A trainer moves its module when it ends, which would be the end of the process."""
+    moved = []
+    monkeypatch.setattr(base_module, "host_has_room", lambda device, num_devices: has_room)
+    monkeypatch.setattr(torch.nn.Module, "cpu", lambda module: moved.append(module) or module)
+    module, ended = build(base), trainer(tmp_path, max_steps=1)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        ended.fit(module, loader())
+    assert ended.state.finished
+    assert (module in moved) == has_room
+    assert any("stays on its GPU" in str(each.message) for each in said) != has_room

@@ -77,7 +77,7 @@ class Command(LightningCLI):
     """Makes a module as the command line does, and runs nothing."""
 
     def __init__(self, arguments):
-        super().__init__(SFTModule, run=False, args=arguments, save_config_callback=None)
+        super().__init__(SFTModule, run=False, args=arguments, save_config_callback=None, seed_everything_default=0)
 
 
 def test_so_does_one_of_a_module_that_the_command_line_made(base, tmp_path, monkeypatch):
