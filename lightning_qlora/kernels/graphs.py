@@ -16,12 +16,11 @@ been switched, and given up where hooks would not be called.
 
 from __future__ import annotations
 
-import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from typing import Any, Self, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -30,17 +29,15 @@ from torch import Tensor, nn
 from lightning_qlora.kernels.attention import PackedDocuments
 from lightning_qlora.kernels.checkpointing import random_state_left_alone
 from lightning_qlora.kernels.graph_forms import Form, GraphInputs
+from lightning_qlora.kernels.host_pace import HostPace
 from lightning_qlora.kernels.launching import autocast_dtype_of
 from lightning_qlora.kernels.self_check import first_line
 from lightning_qlora.random_state import are_equal, capture_random_state, restore_random_state
 
-__all__ = ["DecoderGraphs", "HostPace", "Recorder", "record_on_gpu"]
+__all__ = ["DecoderGraphs", "Recorder", "record_on_gpu"]
 
 _RECORDINGS = 8  # before they have to pay
 _BATCHES_EACH = 100  # that a further one has to pay in
-_LESS = 0.85  # of the host's time for a forward pass; in backward passes kernels are larger
-_CYCLES = 1_000_000  # of which nobody says how long they are: half a millisecond
-_LONGEST_SLEEP_MS = 500.0
 _WAITED = "called a synchronizing CUDA operation"  # torch's warning
 _HOOKED = "hooks of its modules would not be called"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -65,54 +62,21 @@ def record_on_gpu() -> Recorder:
             torch.cuda.set_stream(before)
             with suppress(Exception):
                 torch._C._cuda_endAllocateToPool(stream.device_index, pool)
+                torch._C._cuda_releasePool(stream.device_index, pool)
+            with suppress(Exception):
+                numbers = torch.cuda.default_generators[stream.device_index]
+                numbers.graphsafe_set_state(numbers.clone_state())
             raise
         return graph.replay, list(found)
 
     return record
 
 
-class HostPace:
-    """Compares how long the current GPU takes for work with how long the host does that launches it.
-
-    The GPU sleeps at first, and then does at one go what was launched meanwhile.
-
-    Args:
-        expected_s: What the host took for the like before. The lesser time counts: something else may run there.
-    """
-
-    def __init__(self, expected_s: float) -> None:
-        self.expected_ms = 1000 * expected_s
-        self._asleep, self._awake, self._done = (torch.cuda.Event(enable_timing=True) for _ in range(3))
-
-    def __enter__(self) -> Self:
-        self._sleep(_CYCLES)
-        torch.cuda.synchronize()
-        sleep_ms = min(self.expected_ms, _LONGEST_SLEEP_MS)
-        self._sleep(int(_CYCLES * sleep_ms / self._asleep.elapsed_time(self._awake)))
-        self._begun = time.perf_counter()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.record()
-        self.host_ms = min(self.expected_ms, 1000 * (time.perf_counter() - self._begun))
-
-    def host_is_slow(self) -> bool:
-        """Whether the GPU needs less time."""
-        self._done.synchronize()
-        self.gpu_ms = float(self._awake.elapsed_time(self._done))
-        return self.gpu_ms < _LESS * self.host_ms
-
-    def _sleep(self, cycles: int) -> None:
-        self._asleep.record()
-        torch.cuda._sleep(cycles)
-        self._awake.record()
-
-
 class DecoderGraphs:
     """Runs a decoder in training by graphs, which it records as batches come.
 
-    The first batch of a size runs as it is, the second in the form of a recording, and with the third it is recorded,
-    or with the fourth, where the third is timed. A batch that does not fit lets go of the recording, whose memory it
+    The first batch of a size runs as it is, the second in the form of a recording, and with the third it is recorded;
+    two more are timed first where it has to pay. A batch that does not fit lets go of the recording, whose memory it
     needs, and begins a larger one.
 
     Args:
@@ -122,8 +86,7 @@ class DecoderGraphs:
         recorder: Makes what records; CUDA graphs.
         obstacle: Says what speaks against recording, just before it; ``None`` where nothing does.
         state: Returns what the decoder's code decides by besides: what a recording was made for.
-        pace: Times a batch, from how many seconds the host took for another one: nothing is recorded then where the GPU
-            is what is slow.
+        pace: Times batches: nothing is recorded then where the GPU is what is slow.
         tells: Whether it is said that, and why, nothing is recorded.
         most_tokens: Of any batch, if that is known.
     """
@@ -137,7 +100,7 @@ class DecoderGraphs:
         recorder: Callable[[], Recorder] = record_on_gpu,
         obstacle: Callable[[], str | None] = lambda: None,
         state: Callable[[], object] = lambda: None,
-        pace: Callable[[float], HostPace] | None = None,
+        pace: Callable[[], HostPace] | None = None,
         tells: bool = True,
         most_tokens: int | None = None,
     ) -> None:
@@ -154,12 +117,12 @@ class DecoderGraphs:
         """How many batches were run by a recording."""
         self._form: Form | None = None
         self._rehearsals = 0
-        self._rehearsed_s = 0.0  # that the host took for the last
-        self._timed: HostPace | None = None  # the second
+        self._timed: HostPace | None = None  # those after the first
         self._recording: _Recording | None = None
         self._made_for: object = None
         self._hooks: list[dict[Any, Any]] = []
         self._tensors: list[dict[str, Any]] = []
+        self._constants: list[object] = []
         self._batches = self._recordings = 0
 
     def __call__(self, input_ids: Tensor, position_ids: Tensor, lengths: Sequence[int]) -> Tensor | None:
@@ -192,7 +155,7 @@ class DecoderGraphs:
             if self._made_for != self._identity():
                 self.release()
         batch = input_ids, position_ids, padded
-        if self._rehearsals < (1 if self.pace is None else 2):
+        if not self._rehearsals or (self._timed is not None and not self._timed.is_known):
             return self._rehearse(*batch)
         if self._recording is None:
             self._record(*batch)
@@ -205,9 +168,10 @@ class DecoderGraphs:
         """Let go of the recording and its memory."""
         had_one = self._recording is not None
         self._recording = self._timed = None
+        self._constants = []
         self._rehearsals = 0
-        if had_one and torch.cuda.is_initialized():
-            torch.cuda.empty_cache()  # of which only graphs could make use
+        if had_one:
+            _free_pools()
 
     def _rehearse(self, *batch: Any) -> Tensor | None:
         """Run a batch as it would be recorded."""
@@ -218,12 +182,9 @@ class DecoderGraphs:
             return None
         inputs = GraphInputs(self._form, batch[0])
         inputs.fill(*batch)
-        timed = None
-        if self.pace is not None and self._rehearsals:  # kernels are compiled by now
-            timed = self.pace(self._rehearsed_s)
-        before, begun = capture_random_state(), time.perf_counter()
+        before = capture_random_state()
         try:
-            with timed or nullcontext(), _waiting_noticed(inputs.starts) as waits:
+            with self._timed or nullcontext(), _waiting_noticed(inputs.starts) as waits:
                 hidden = self.run(*inputs)
         except Exception as error:  # models decide by numbers in many ways; or there is not the memory
             reason = f"the model cannot be recorded: {first_line(error)}"
@@ -235,7 +196,10 @@ class DecoderGraphs:
             restore_random_state(before)  # as if nothing had been
             self._refuse(reason)
             return None
-        self._rehearsals, self._rehearsed_s, self._timed = self._rehearsals + 1, time.perf_counter() - begun, timed
+        if hidden.requires_grad:  # something is trained
+            if self.pace is not None and not self._rehearsals:
+                self._timed = self.pace()  # kernels are compiled by now
+            self._rehearsals += 1
         return hidden
 
     def _record(self, *batch: Any) -> None:
@@ -254,12 +218,14 @@ class DecoderGraphs:
             self._recording = _Recording(self.run, self.decoder, inputs, self.recorder())
         except Exception as error:  # for want of memory, or since a model does what a driver does not record
             self._refuse(f"recording failed: {first_line(error)}")
+            _free_pools()
             return
         if not self._recordings:
             rank_zero_info(f"cuda_graphs: passes of up to {self._form.tokens:,} tokens are launched as a whole.")
         self._recordings += 1
         self._tensors = [values for each in self.decoder.modules() for values in (each._parameters, each._buffers)]
         self._made_for = self._identity()
+        self._constants = list(_constants_of(self._present()))  # alive, so that nothing else is at their places
 
     def _reason(self) -> str | None:
         """Return what speaks against recording now."""
@@ -272,15 +238,30 @@ class DecoderGraphs:
     def _identity(self) -> object:
         """Return where the decoder's tensors are, which of them are trained, and what else it decides by."""
         with torch._C.DisableTorchFunctionSubclass():  # bitsandbytes looks at each use of its parameters
-            tensors = (each for values in self._tensors for each in values.values() if each is not None)
+            tensors = self._present()
             places = [(each.data_ptr(), each.requires_grad) for each in tensors]
-        return places, self.state()
+        return places, list(map(id, _constants_of(tensors))), self.state()
+
+    def _present(self) -> list[Tensor]:
+        return [each for values in self._tensors for each in values.values() if each is not None]
 
     def _refuse(self, reason: str) -> None:
         self.release()
         self.refusal = reason
         if self.tells:
             rank_zero_info(f"cuda_graphs: not used, {reason}.")
+
+
+def _constants_of(tensors: list[Tensor]) -> Iterator[object]:
+    """Yield what quantised weights are decoded by, which are no tensors of a module."""
+    for each in tensors:
+        attributes = vars(each)
+        yield attributes.get("SCB")
+        state = attributes.get("quant_state")
+        while state is not None:
+            yield state
+            yield state.absmax
+            state = state.state2
 
 
 class _Run:
@@ -299,11 +280,9 @@ class _Recording:
         with _leaves_in_place(decoder) as (parameters, self._leaves):
             self.replay_forward, (output,) = record(self._forward)
             assert output is not None
+            self._check_leaves()
             self.output, self.of_output = output, torch.zeros_like(output)
             self.replay_backward, found = record(self._backward)
-        lost = [p for p, gradient in zip(parameters, found, strict=True) if gradient is None]
-        if any(p.grad is not None for p in lost):  # of the step before
-            raise RuntimeError("gradients are missing")
         self.trained = [p for p, gradient in zip(parameters, found, strict=True) if gradient is not None]
         self.of_trained = [gradient for gradient in found if gradient is not None]
 
@@ -315,6 +294,12 @@ class _Recording:
         with torch.enable_grad(), autocast, random_state_left_alone():
             self._hidden = self._decode(*self.inputs)
         return [self._hidden.detach()]
+
+    def _check_leaves(self) -> None:
+        """See that no gradient is lost: that of a tensor which is not found among the modules' parameters."""
+        assert self._hidden is not None
+        if not _leaves_of(self._hidden) <= set(map(id, self._leaves)):
+            raise RuntimeError("the decoder trains what is no parameter of its modules")
 
     def _backward(self) -> Sequence[Tensor | None]:
         hidden, self._hidden = self._hidden, None
@@ -355,6 +340,23 @@ class _Replay(torch.autograd.Function):
         ctx.recording.replay_backward()
         # Copies, for the next pass writes there.
         return None, None, *torch._foreach_mul(ctx.recording.of_trained, 1)
+
+
+def _leaves_of(output: Tensor) -> set[int]:
+    """Return the identities of all that a backward pass would bring gradients to."""
+    found, seen, nodes = set(), set(), [output.grad_fn]
+    while nodes:
+        node: Any = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            found |= {id(node.variable)} if hasattr(node, "variable") else set()
+            nodes += [before for before, _ in node.next_functions]
+    return found
+
+
+def _free_pools() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()  # of which only graphs could make use
 
 
 @contextmanager

@@ -111,11 +111,12 @@ class CausalLMModule(SummedLossModule):
         compile_layers: Compile whole decoder layers with torch.compile, for faster steps after a first one that takes
             up to a minute, less where the cache has the kernels; other lengths cost nothing more. Only norms and MLPs
             where a family has its own attention or a router; not in layers that follow a selective plan.
-        cuda_graphs: Launch a step's forward and backward pass as a whole, from the third batch on: a GPU is done with
+        cuda_graphs: Launch a step's forward and backward pass as a whole, from one of the first on: a GPU is done with
             the kernels of a small model, or of few tokens, before the host has launched the next. Packed batches are
             padded to one size, and what the passes take of memory stays taken between steps. auto does so where the
             host is slow, that is less than half of it, and algorithms need not be deterministic; true where it can be,
-            and says why where not: FSDP, plans that use host memory, dropout, compile_layers, hooks.
+            and says why where not: FSDP, plans that use host memory, dropout, compile_layers, hooks. Numbers of closures
+            that change during a run are not noticed: write false there.
         untrained_tokens: What to do when the chat template writes control tokens that the base was never trained on:
             refuse, train their embedding rows (auto), or go on regardless (ignore).
         dtype: Of everything that is not quantised: float32, bfloat16 or float16; null chooses by hardware.
@@ -301,6 +302,11 @@ class CausalLMModule(SummedLossModule):
                 is_compiled=self.compile_layers,
                 most_tokens=most_tokens(getattr(self.trainer, "datamodule", None)),
             )
+
+    @override
+    def on_validation_start(self) -> None:
+        if self._supervised_forward is not None:
+            self._supervised_forward.make_room()
 
     @override
     def on_train_end(self) -> None:

@@ -17,7 +17,8 @@ from typing_extensions import override
 
 from lightning_qlora.kernels.attention import PackedDocuments, document_arguments, packed_attention_arguments
 from lightning_qlora.kernels.checkpointing import OFFLOADING, MixedPlan, Plan
-from lightning_qlora.kernels.graphs import DecoderGraphs, HostPace, Recorder, record_on_gpu
+from lightning_qlora.kernels.graphs import DecoderGraphs, Recorder, record_on_gpu
+from lightning_qlora.kernels.host_pace import HostPace
 from lightning_qlora.kernels.launching import autocast_dtype_of
 from lightning_qlora.memory import free_memory
 from lightning_qlora.model import base_model
@@ -58,6 +59,7 @@ class SupervisedForward:
         is_plain, self.keeps_documents_apart = _probe(base, head, isolates_documents)
         self.head: Head | None = head if is_plain else None
         self.graphs: DecoderGraphs | None = None
+        self._made_room = False
 
     def __call__(self, batch: SFTBatch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Return (N, D) hidden states and the head that maps (n, D) to (n, V) logits.
@@ -96,7 +98,7 @@ class SupervisedForward:
             most_tokens: Of any batch, if that is known.
             recorder: As of :class:`~lightning_qlora.kernels.graphs.DecoderGraphs`; ``None`` for CUDA graphs.
         """
-        self.graphs = None
+        self.graphs, self._made_room = None, False
         if wanted is False:
             return
         base = base_model(self.model)
@@ -120,13 +122,19 @@ class SupervisedForward:
                 outer=[base],
                 recorder=recorder or record_on_gpu,
                 obstacle=functools.partial(_obstacle, may_fill_memory=wanted is True),
-                state=functools.partial(_state, self.model, _scalings(self.model), trained[0]),
+                state=functools.partial(_state, self.model, _numbers(self.model), next(base.parameters())),
                 pace=HostPace if wanted == "auto" and recorder is None else None,
                 tells=wanted is True,
                 most_tokens=most_tokens,
             )
         elif wanted is True:
             rank_zero_info(f"cuda_graphs: not used, {found[0]}.")
+
+    def make_room(self) -> None:
+        """Let go of recordings once, before something takes memory of which nobody knows how much: then it is known."""
+        if self.graphs is not None and not self._made_room:
+            self._made_room = True
+            self.graphs.release()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to this object alone, for copies."""
@@ -175,14 +183,21 @@ def _draws(model: nn.Module) -> bool:
     return any(value > 0 for value in (*attributes, *layers) if isinstance(value, float))
 
 
-def _scalings(model: nn.Module) -> list[dict[str, Any]]:
-    found = [vars(module).get("scaling") for module in model.modules()]
-    return [each for each in found if isinstance(each, dict)]
+def _numbers(model: nn.Module) -> list[tuple[dict[str, Any], str]]:
+    """Return where modules keep numbers and switches: in which attributes, under which name."""
+    return [
+        (vars(module), name)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if name == "scaling" or (isinstance(value, bool | float) and name != "training")
+    ]
 
 
-def _state(model: PeftModel, scalings: list[dict[str, Any]], near: Tensor) -> object:
-    """Return what the code of adapters decides by, and what it computes in."""
-    return model.active_adapters, [tuple(each.values()) for each in scalings], autocast_dtype_of(near)
+def _state(model: PeftModel, numbers: list[tuple[dict[str, Any], str]], near: Tensor) -> object:
+    """Return what the code of a model decides by, and what it computes in."""
+    values = [attributes.get(name) for attributes, name in numbers]
+    scalings = [tuple(value.values()) if isinstance(value, dict) else value for value in values]
+    return model.active_adapters, scalings, autocast_dtype_of(near)
 
 
 def _obstacle(*, may_fill_memory: bool) -> str | None:

@@ -29,6 +29,7 @@ class Measured(L.LightningModule):
 
     @override
     def on_validation_start(self) -> None:
+        super().on_validation_start()
         self.metrics.start("val")
 
     @override

@@ -4,11 +4,15 @@ import functools
 
 import lightning as L
 import pytest
+import torch
 from graph_tape import attend_by_starts, record_on_tape
 from lightning.pytorch.callbacks import EMAWeightAveraging, GradientAccumulationScheduler, LearningRateFinder
-from tiny_run import Record, make_jobs, tiny_trainer, trained_tensors
+from peft.helpers import rescale_adapter_scale
+from peft.tuners.lora import LoraLayer
+from tiny_run import Record, make_jobs, tiny_module, tiny_trainer, trained_tensors
 
 from lightning_qlora.callbacks import RunGuard
+from lightning_qlora.modules import SFTModule
 from lightning_qlora.modules.forward import SupervisedForward
 
 BATCHES = 12
@@ -44,9 +48,14 @@ def tape(monkeypatch):
     monkeypatch.setattr(SupervisedForward, "record", recorded)
 
 
-def run(job, root, graphs, callbacks=lambda: (), **options):
+def run(job, root, graphs, callbacks=lambda: (), kind=None, **options):
     L.seed_everything(0)
-    record, replays, module = Record(), Replays(), job.module(dropout=0.0, cuda_graphs=graphs, dtype="float32")
+    exact = {"dropout": 0.0, "cuda_graphs": graphs, "dtype": "float32"}
+    record, replays, module = (
+        Record(),
+        Replays(),
+        tiny_module(job.base, kind=kind, **exact) if kind else job.module(**exact),
+    )
     trainer = tiny_trainer(root, record, replays, *callbacks(), **{"max_epochs": 2, "val_check_interval": 4, **options})
     trainer.fit(module, datamodule=job.data(batches=BATCHES))
     return record.losses, trained_tensors(module), replays.count
@@ -70,6 +79,103 @@ def test_a_recorded_run_is_the_run_without(jobs, tmp_path, case):
     plain_losses, plain_weights, none = run(jobs["SFT"], tmp_path / "without", False, **CASES[case])
     assert none == 0
     assert replays >= 2 * BATCHES - 9
+    assert losses == pytest.approx(plain_losses, rel=1e-4)
+    for name, weight in plain_weights.items():
+        assert float((weights[name] - weight).norm()) <= 1e-3 * float(weight.norm()) + 1e-6, name
+
+
+class Rescaled(SFTModule):
+    """Takes each step with the adapters at another scale."""
+
+    def training_step(self, batch, index):
+        with rescale_adapter_scale(self.model, 0.1 + self.trainer.global_step / 10):
+            return super().training_step(batch, index)
+
+
+class RescaledInValidation(L.Callback):
+    """After which the modules keep their scales elsewhere, where they are changed later."""
+
+    def on_validation_start(self, trainer, module):
+        self.scaled = rescale_adapter_scale(module.model, 0.5)
+        self.scaled.__enter__()
+
+    def on_validation_end(self, trainer, module):
+        self.scaled.__exit__(None, None, None)
+
+    def on_train_batch_start(self, trainer, module, batch, index):
+        for each in module.model.modules():
+            if isinstance(each, LoraLayer):
+                each.set_scale("default", 0.2 + trainer.global_step / 10)
+
+
+class OtherNumbers(L.Callback):
+    def on_train_epoch_start(self, trainer, module):
+        if trainer.current_epoch == 1:
+            for layer in module.model.get_base_model().get_decoder().layers:
+                layer.input_layernorm.variance_epsilon = 0.1
+
+
+class OtherConstants(L.Callback):
+    """Has the weights decoded otherwise, at the same places."""
+
+    def on_train_batch_start(self, trainer, module, batch, index):
+        if index == 8:
+            for each in module.parameters():
+                if hasattr(each, "quant_state"):
+                    each.quant_state.absmax = each.quant_state.absmax.flip(0)
+
+
+class OwnHead(SFTModule):
+    """Trains a head of its own alone at first."""
+
+    def on_model_built(self):
+        self.extra = torch.nn.Linear(64, 1)
+
+    def on_train_start(self):
+        self.train_adapters(False)
+        super().on_train_start()
+
+    def on_train_epoch_start(self):
+        super().on_train_epoch_start()
+        self.train_adapters(self.current_epoch == 1)
+
+    def train_adapters(self, are_trained):
+        for name, parameter in self.model.named_parameters():
+            if "lora_" in name:
+                parameter.requires_grad_(are_trained)
+
+    def training_step(self, batch, index):
+        hidden, _ = self.supervised_forward(batch)
+        loss = self.extra(hidden.float()).square().sum()
+        self.count_terms(loss, len(hidden))
+        return loss
+
+
+class SoftPrompt(SFTModule):
+    """Trains what is no parameter of the decoder."""
+
+    def on_model_built(self):
+        self.prompt = torch.nn.Parameter(torch.zeros(64))
+        embedding = self.model.get_input_embeddings()
+        plain = embedding.forward
+        embedding.forward = lambda ids: plain(ids) + self.prompt
+
+
+CHANGES = {
+    "scales in each step": {"kind": Rescaled},
+    "scales in validation": {"callbacks": lambda: (RescaledInValidation(),)},
+    "numbers": {"callbacks": lambda: (OtherNumbers(),)},
+    "constants": {"callbacks": lambda: (OtherConstants(),)},
+    "what is trained": {"kind": OwnHead},
+    "not its own": {"kind": SoftPrompt},
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_in_a_run_is_noticed(jobs, tmp_path, change):
+    losses, weights, _ = run(jobs["SFT"], tmp_path / "with", True, **CHANGES[change])
+    plain_losses, plain_weights, _ = run(jobs["SFT"], tmp_path / "without", False, **CHANGES[change])
     assert losses == pytest.approx(plain_losses, rel=1e-4)
     for name, weight in plain_weights.items():
         assert float((weights[name] - weight).norm()) <= 1e-3 * float(weight.norm()) + 1e-6, name

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from graph_tape import attend_by_starts, record_on_tape
 from tiny_models import random_batch, save_tiny_model
 from tiny_run import tiny_module
 
@@ -91,6 +92,22 @@ def test_a_batch_that_is_padded_or_evaluated_is_left_to_the_model(forward, modul
     forward(random_batch((9, 5)))
     module.train()
     assert forward.graphs._batches == 0
+
+
+def test_room_is_made_once(forward, module, monkeypatch):
+    """Before the first validation, of which nobody knows what it takes; with the next batches there is another one."""
+    attend_by_starts(monkeypatch)
+    record(forward, recorder=record_on_tape)
+    module.train()
+    replays = []
+    for _ in range(2):
+        for _ in range(3):
+            forward(random_batch((9, 5)))[0].sum().backward()
+        replays.append(module.graph_replays)
+        module.on_validation_start()
+    forward(random_batch((9, 5)))
+    assert replays == [1, 1 + 2]
+    assert module.graph_replays == 1 + 2 + 1
 
 
 def test_attention_that_goes_document_by_document_refuses_and_the_run_goes_on(forward, module):

@@ -1,0 +1,64 @@
+"""Who is slow: a GPU, or the host that launches its kernels."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Self
+
+import torch
+
+__all__ = ["HostPace"]
+
+_LESS = 0.85  # of the host's time for a forward pass; in backward passes kernels are larger
+_LONGER = 1.5  # a sleep than the host needed before
+_LONGEST_MS = 500.0
+_CYCLES = 1_000_000  # of which nobody says how long they are: half a millisecond
+_MOST_TIMES = 4
+
+
+class HostPace:
+    """Compares how long the current GPU takes for work with how long the host does that launches it.
+
+    Entered at least twice around the same work, whose kernels are compiled. First for the host, with nothing before it
+    on the GPU: otherwise that would be late, and the host has to wait where it is about a thousand kernels ahead. Then
+    for the GPU, which sleeps until all is launched: otherwise it would wait for the host.
+    """
+
+    def __init__(self) -> None:
+        self.host_ms, self.gpu_ms = math.inf, math.inf
+        self.times = 0
+        self._was_asleep = False
+        self._asleep, self._awake, self._done = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+
+    def __enter__(self) -> Self:
+        torch.cuda.synchronize()
+        if self.times:
+            self._sleep(_CYCLES)
+            torch.cuda.synchronize()
+            longer = min(_LONGER * self.host_ms, _LONGEST_MS)
+            self._sleep(int(_CYCLES * longer / self._asleep.elapsed_time(self._awake)))
+        self._begun = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.record()
+        self.host_ms = min(self.host_ms, 1000 * (time.perf_counter() - self._begun))
+        self._was_asleep = self.times > 0 and not self._awake.query()
+        self.times += 1
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the GPU did sleep as long as the host launched, or does not to be expected to."""
+        return self._was_asleep or self.times >= _MOST_TIMES
+
+    def host_is_slow(self) -> bool:
+        """Whether the GPU needs less time."""
+        self._done.synchronize()
+        self.gpu_ms = float(self._awake.elapsed_time(self._done))
+        return self.gpu_ms < _LESS * self.host_ms
+
+    def _sleep(self, cycles: int) -> None:
+        self._asleep.record()
+        torch.cuda._sleep(cycles)
+        self._awake.record()
