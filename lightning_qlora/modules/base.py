@@ -115,8 +115,8 @@ class CausalLMModule(SummedLossModule):
             the kernels of a small model, or of few tokens, before the host has launched the next. Packed batches are
             padded to one size, and what the passes take of memory stays taken between steps. auto does so where the
             host is slow, that is less than half of it, and algorithms need not be deterministic; true where it can be,
-            and says why where not: FSDP, plans that use host memory, dropout, compile_layers, hooks. Numbers of closures
-            that change during a run are not noticed: write false there.
+            and says why where not: FSDP, plans that use host memory, dropout, compile_layers, hooks. A number that a
+            closure keeps stays as it was recorded: where it changes during a run, write false.
         untrained_tokens: What to do when the chat template writes control tokens that the base was never trained on:
             refuse, train their embedding rows (auto), or go on regardless (ignore).
         dtype: Of everything that is not quantised: float32, bfloat16 or float16; null chooses by hardware.
