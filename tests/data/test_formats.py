@@ -215,14 +215,19 @@ def test_supervised_runs_learn_answers_that_were_judged_good():
 CLASSES = st.text(max_size=6) | st.integers() | st.floats() | st.none() | st.lists(st.booleans(), max_size=1)
 
 
-@given(label=CLASSES.filter(lambda label: str(label).strip().lower() not in ("0", "1", "0.0", "1.0", "true", "false")))
+def is_class(label):
+    judges = ("0", "1", "0.0", "1.0", "true", "false") if isinstance(label, str) else (0, 1)
+    return (label.strip().lower() if isinstance(label, str) else label) not in judges
+
+
+@given(label=CLASSES.filter(is_class))
 def test_a_label_that_is_a_class_says_nothing_about_the_answer(label):
     record = {"prompt": "Hi", "completion": "Hello", "label": label}
     assert recognise_format(record) == "prompt_completion"
     assert parse_row(record, ORIGIN).messages == (HI, HELLO)
 
 
-@pytest.mark.parametrize("label", [False, 0, 0.0, "false", "False", " FALSE ", "0", "0.0"])
+@pytest.mark.parametrize("label", [False, 0, 0.0, -0.0, "false", "False", " FALSE ", "0", "0.0"])
 def test_every_way_to_write_a_bad_answer(label):
     record = {"prompt": "Hi", "completion": "Hello", "label": label}
     assert not parse_row(record, ORIGIN, task="unpaired").desirable
