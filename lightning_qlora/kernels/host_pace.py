@@ -49,7 +49,7 @@ class HostPace:
 
     @property
     def is_known(self) -> bool:
-        """Whether the GPU did sleep as long as the host launched, or does not to be expected to."""
+        """Whether the GPU slept until the host had launched all, or that is no longer expected of it."""
         return self._was_asleep or self.times >= _MOST_TIMES
 
     def host_is_slow(self) -> bool:

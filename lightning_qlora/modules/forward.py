@@ -196,8 +196,8 @@ def _numbers(model: nn.Module) -> list[tuple[dict[str, Any], str]]:
 def _state(model: PeftModel, numbers: list[tuple[dict[str, Any], str]], near: Tensor) -> object:
     """Return what the code of a model decides by, and what it computes in."""
     values = [attributes.get(name) for attributes, name in numbers]
-    scalings = [tuple(value.values()) if isinstance(value, dict) else value for value in values]
-    return model.active_adapters, scalings, autocast_dtype_of(near)
+    plain = [tuple(value.values()) if isinstance(value, dict) else value for value in values]
+    return model.active_adapters, plain, autocast_dtype_of(near)
 
 
 def _obstacle(*, may_fill_memory: bool) -> str | None:
