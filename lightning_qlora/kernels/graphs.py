@@ -23,7 +23,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, TypeAlias
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_debug, rank_zero_info
 from torch import Tensor, nn
 
 from lightning_qlora.kernels.attention import PackedDocuments
@@ -87,7 +87,7 @@ class DecoderGraphs:
         obstacle: Says what speaks against recording, just before it; ``None`` where nothing does.
         state: Returns what the decoder's code decides by besides: what a recording was made for.
         pace: Times batches: nothing is recorded then where the GPU is what is slow.
-        tells: Whether it is said that, and why, nothing is recorded.
+        tells: Whether it is said that, and why, nothing is recorded, and not only to who debugs.
         most_tokens: Of any batch, if that is known.
     """
 
@@ -206,7 +206,7 @@ class DecoderGraphs:
         assert self._form is not None
         reason = self._reason()
         if self._timed is not None and not self._timed.host_is_slow():
-            reason = "the GPU is what is slow"
+            reason = f"the GPU is what is slow: {self._timed}"
         if self._recordings >= _RECORDINGS + self._batches // _BATCHES_EACH:
             reason = "it would have to be recorded again and again"
         if reason is not None:
@@ -221,7 +221,8 @@ class DecoderGraphs:
             _free_pools()
             return
         if not self._recordings:
-            rank_zero_info(f"cuda_graphs: passes of up to {self._form.tokens:,} tokens are launched as a whole.")
+            why = f" ({self._timed})" if self._timed is not None else ""
+            rank_zero_info(f"cuda_graphs: passes of up to {self._form.tokens:,} tokens are launched as a whole{why}.")
         self._recordings += 1
         self._tensors = [values for each in self.decoder.modules() for values in (each._parameters, each._buffers)]
         self._made_for = self._identity()
@@ -248,8 +249,7 @@ class DecoderGraphs:
     def _refuse(self, reason: str) -> None:
         self.release()
         self.refusal = reason
-        if self.tells:
-            rank_zero_info(f"cuda_graphs: not used, {reason}.")
+        (rank_zero_info if self.tells else rank_zero_debug)(f"cuda_graphs: not used, {reason}.")
 
 
 def _constants_of(tensors: list[Tensor]) -> Iterator[object]:

@@ -10,10 +10,10 @@ import torch
 
 __all__ = ["HostPace"]
 
-_LESS = 0.85  # of the host's time for a forward pass; in backward passes kernels are larger
-_LONGER = 1.5  # a sleep than the host needed before
+_LESS = 0.95  # of the host's time
+_LONGER = 2.0  # a sleep than the host needed before
 _LONGEST_MS = 500.0
-_CYCLES = 1_000_000  # of which nobody says how long they are: half a millisecond
+_CYCLES = 10_000_000  # of which nobody says how long they are: five milliseconds, beside which a slow launch is little
 _MOST_TIMES = 4
 
 
@@ -57,6 +57,9 @@ class HostPace:
         self._done.synchronize()
         self.gpu_ms = float(self._awake.elapsed_time(self._done))
         return self.gpu_ms < _LESS * self.host_ms
+
+    def __str__(self) -> str:
+        return f"{self.gpu_ms:.0f} ms of a forward pass on the GPU, {self.host_ms:.0f} on the host that launches it"
 
     def _sleep(self, cycles: int) -> None:
         self._asleep.record()

@@ -16,7 +16,7 @@ from lightning_qlora.parts import whole
 
 __all__ = ["chunk_positions", "head_log_probs"]
 
-_BUDGET = 640 * 2**20
+_BUDGET = 320 * 2**20
 """Bytes that a chunk's logits, what they are computed with and their gradient may take."""
 _MOST_POSITIONS = 1024  # of a chunk: the products are as fast as they get
 _FEWEST_POSITIONS = 256  # fewer, and reading the head's weight takes longer than multiplying with it

@@ -271,9 +271,12 @@ class Pace:
     def host_is_slow(self):
         return self.is_slow
 
+    def __str__(self):
+        return "3 ms beside 2"
+
 
 @pytest.mark.parametrize("is_slow", [True, False])
-def test_where_the_gpu_is_what_is_slow_nothing_is_recorded(monkeypatch, is_slow):
+def test_where_the_gpu_is_what_is_slow_nothing_is_recorded(monkeypatch, is_slow, caplog):
     monkeypatch.setattr(Pace, "is_slow", is_slow)
     monkeypatch.setattr(Pace, "seen", 0)
     decoder = Decoder()
@@ -282,7 +285,8 @@ def test_where_the_gpu_is_what_is_slow_nothing_is_recorded(monkeypatch, is_slow)
     assert taken == [False, True, True, True, is_slow, is_slow]
     assert Pace.seen == 2  # after the first in that form, which compiles kernels
     assert graphs.replays == 2 * is_slow
-    assert graphs.refusal == (None if is_slow else "the GPU is what is slow")
+    assert graphs.refusal == (None if is_slow else "the GPU is what is slow: 3 ms beside 2")
+    assert caplog.text.count("3 ms beside 2") == 1
 
 
 def test_each_size_is_timed():

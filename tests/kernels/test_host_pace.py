@@ -60,12 +60,13 @@ def paced(*works):
     return pace
 
 
-@pytest.mark.parametrize(("host_ms", "gpu_ms", "is_slow"), [(100, 30, True), (100, 150, False), (100, 95, False)])
+@pytest.mark.parametrize(("host_ms", "gpu_ms", "is_slow"), [(100, 30, True), (100, 150, False), (100, 96, False)])
 def test_both_are_timed_alone(clock, host_ms, gpu_ms, is_slow):
     pace = paced(*[(host_ms, gpu_ms)] * 2)
     assert pace.is_known
     assert pace.host_is_slow() == is_slow
     assert (pace.host_ms, pace.gpu_ms) == pytest.approx((host_ms, gpu_ms), rel=0.01)
+    assert str(pace).split(" ms")[0] == str(gpu_ms)
 
 
 def test_a_host_that_was_busy_otherwise_is_timed_again(clock):

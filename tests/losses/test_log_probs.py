@@ -78,7 +78,8 @@ def test_the_chunk_changes_nothing(monkeypatch, frozen, dtype):
     [
         (1_000, True, 1024),
         (32_000, True, 1024),
-        (128_256, True, 512),
+        (49_152, True, 640),
+        (128_256, True, 256),
         (128_256, False, 256),
         (262_144, True, 256),
         (2_000_000, True, 256),
@@ -90,7 +91,7 @@ def test_chunks_are_as_long_as_their_memory_allows(vocab_size, frozen, positions
 
 @pytest.mark.parametrize(
     ("vocab_size", "logit_bytes", "positions"),
-    [(32_000, 4, 1024), (128_256, 4, 1024), (262_144, 4, 640), (128_256, 8, 640), (2_000_000, 4, 256)],
+    [(32_000, 4, 1024), (128_256, 4, 640), (151_936, 4, 512), (262_144, 4, 320), (128_256, 8, 320), (2_000_000, 4, 256)],
 )
 def test_chunks_are_longer_where_a_logit_takes_less(vocab_size, logit_bytes, positions):
     assert chunk_positions(vocab_size, logit_bytes=logit_bytes) == positions

@@ -188,4 +188,4 @@ def test_the_head_of_a_large_vocabulary_stays_within_its_budget():
     config = tiny_config(vocab_size=128_256, num_hidden_layers=1)
     memory = MemoryModel(build_skeleton(config, LoraConfig(r=4, target_modules="all-linear")), OptimizerMemory(0, 0, 0))
     few, many = (memory.estimate(num_tokens, plan="full").logits for num_tokens in (1024, 4096))
-    assert 0.5 * 640 * 2**20 < few <= many < 1.1 * 640 * 2**20
+    assert 0.5 * 320 * 2**20 < few <= many < 1.1 * 320 * 2**20
