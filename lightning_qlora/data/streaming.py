@@ -6,6 +6,7 @@ import itertools
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -31,6 +32,8 @@ ROWS_BEFORE_JUDGING = 1_000
 
 BATCHES_REMEMBERED = 64
 """Batches whose rows' places are kept, so that a message about a batch can name them."""
+
+_PARALLELISM = "TOKENIZERS_PARALLELISM"  # of tokenizers, which looks at each use
 
 
 class StreamItem(NamedTuple):
@@ -225,6 +228,18 @@ def _say_nothing_usable(share: _Share, tally: _Tally) -> str:
     )
 
 
+@contextmanager
+def _tokenizers_without_threads() -> Iterator[None]:
+    """Let processes that begin here tokenise in one thread each: a fork has no other, and would wait for them."""
+    before = os.environ.get(_PARALLELISM)
+    os.environ[_PARALLELISM] = "false"
+    try:
+        yield
+    finally:
+        del os.environ[_PARALLELISM]
+        os.environ |= {} if before is None else {_PARALLELISM: before}
+
+
 class StreamingLoader(DataLoader[Any]):
     """Loads a stream of batches, and knows where each shard stood after each of them.
 
@@ -262,14 +277,14 @@ class StreamingLoader(DataLoader[Any]):
 
     @override
     def __iter__(self) -> Iterator[SFTBatch]:  # type: ignore[override]
-        if self.num_workers:
-            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are the parallelism
         if self._given:
             raise RuntimeError("An endless stream is iterated once; ask the data module for a new loader.")
         if self._seen_before is None:
             self._seen_before = self.batches_seen()
         states = self._states[0]
-        for item in super().__iter__():
+        with _tokenizers_without_threads():
+            items = super().__iter__()  # begins workers
+        for item in items:
             if self.replaced:
                 raise MisconfigurationException(
                     "The stream had begun when the checkpoint was restored, as strategies do that shard the model if "

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,20 @@ def test_the_report_of_a_stream_counts_all_rows_of_all_workers(tmp_path, num_wor
     report = module.stream_report
     assert report is not None
     assert (report.rows_read, report.rows_kept, report.refused) == (20, 8, {"empty-answer": 12})
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("before", ["true", None])
+def test_workers_do_not_wait_for_threads_that_only_their_parent_has(folder, monkeypatch, before, capfd):
+    name = "TOKENIZERS_PARALLELISM"
+    monkeypatch.delenv(name, raising=False)
+    if before is not None:
+        monkeypatch.setenv(name, before)  # as the command line does
+    tiny_tokenizer().backend_tokenizer.encode_batch(["one two three"] * 100)  # in threads
+    module = data(folder, num_workers=2)
+    assert len(list(itertools.islice(module.train_dataloader(), 4))) == 4
+    assert os.environ.get(name) == before
+    assert "got forked" not in capfd.readouterr().err
 
 
 def test_rows_that_the_user_asked_to_be_dropped_stop_no_stream(tmp_path):
