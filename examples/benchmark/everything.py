@@ -82,7 +82,7 @@ def _small() -> list[Measurement]:
         "chat2k_pack --plan none": ["unsloth chat2k_pack --plan none"],
         "chat2k_pack --plan none --cuda_graphs false": [],
     }
-    return _beside("small", beside, _SMALL_BASE, " --shape 0.5b --steps 20 --warmup 6")
+    return _beside("small", beside, _SMALL_BASE, " --shape 0.5b --steps 20 --warmup 10")
 
 
 def _beside(group: str, beside: dict[str, list[str]], base: str, more: str = "") -> list[Measurement]:
@@ -123,8 +123,8 @@ MEASUREMENTS = [
     *_own("optimizers", "run full2k --plan full --optimizer adamw adamw_foreach adamw_8bit paged_adamw_8bit"),
     *_own("context", "context --cap_gib 8 24", "context --cap_gib 80 --max_length 350000"),  # 85 GiB on the host
     *_own(  # tokens of a batch, of a context, ranks and shapes; 4 rows and rank 16 are measured for speed
-        "growth", "run full2k --plan full --rows 1 --max_length 1024 --steps 8 --warmup 6",
-        "run full2k --plan full none --rows 1 2 --steps 8 --warmup 6",
+        "growth", "run full2k --plan full --rows 1 --max_length 1024 --steps 8 --warmup 10",
+        "run full2k --plan full none --rows 1 2 --steps 8 --warmup 10",
         "run full2k --plan full --rows 8 32 --steps 4 --warmup 2",
         "run full2k --plan offload --rows 1 --max_length 1024 4096 16384 65536 --steps 2 --warmup 1",
         "run full2k --plan offload --rows 1 --max_length 131072 --steps 1 --warmup 1",

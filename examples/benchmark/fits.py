@@ -196,7 +196,7 @@ class Clock(L.Callback):
         if self.on_gpu:
             torch.cuda.synchronize()
         self.graph_replays = pl_module.graph_replays
-        self.memory = memory_of_run(trainer, pl_module.model, trainer.optimizers)
+        self.memory = memory_of_run(trainer, pl_module.model, trainer.optimizers, recorded=self.graph_replays > 0)
 
     def mark(self) -> Any:
         """Return this moment on the device, or on the host where there is none."""

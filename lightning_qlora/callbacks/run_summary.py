@@ -158,12 +158,14 @@ def _describe_rows(report: PreparationReport) -> str:
 def _describe_memory(trainer: L.Trainer, pl_module: L.LightningModule, model: PeftModel, num_tokens: int) -> str:
     """Estimate the peak of a step without running one on the device."""
     plan: Any = getattr(pl_module, "layer_plan", None) or "none"
+    recorded = getattr(pl_module, "cuda_graphs", None) is True
     try:
-        estimate = memory_of_run(trainer, model, trainer.optimizers).estimate(num_tokens, plan=plan)
+        memory = memory_of_run(trainer, model, trainer.optimizers, recorded=recorded)
+        estimate = memory.estimate(num_tokens, plan=plan)
     except SimulationError as error:
         return f"not estimated. {error}"
-    names = ("weights", "adapters", "gradients", "optimizer", "activations", "logits", "scratch")
-    items = ", ".join(f"{name} {_size(getattr(estimate, name))}" for name in names)
+    names = ("weights", "adapters", "gradients", "optimizer", "activations", "logits", "scratch", "workspaces")
+    items = ", ".join(f"{name} {_size(getattr(estimate, name))}" for name in names if getattr(estimate, name))
     moves = estimate.host and trainer.strategy.root_device.type == "cuda"
     waiting = _describe_host(estimate.host * trainer.num_devices) if moves else ""
     return (

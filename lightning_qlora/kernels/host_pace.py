@@ -14,7 +14,7 @@ _LESS = 0.95  # of the host's time
 _LONGER = 2.0  # a sleep than the host needed before
 _LONGEST_MS = 500.0
 _CYCLES = 10_000_000  # of which nobody says how long they are: five milliseconds, beside which a slow launch is little
-_MOST_TIMES = 4
+_MOST_TIMES = 3
 
 
 class HostPace:

@@ -26,6 +26,7 @@ Moment: TypeAlias = Literal["loading", "forward", "head", "backward", "optimizer
 
 _LEAST_SIMULATED_TOKENS = 2048  # above the positions of a chunk of the head, so that all grows linearly from here
 _LEAST_DOCUMENT = 64
+_WORKSPACES = 64 * 2**20  # of cuBLAS on large GPUs: 32 MiB for each thread, one forward and one backward, and stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,8 @@ class MemoryEstimate:
         activations: Kept between forward and backward.
         logits: Of a chunk of supervised tokens, with their gradient, while head and loss are computed.
         scratch: Dequantised weights, recomputed layers and gradients of activations during the backward pass.
+        workspaces: What matrix products work in; with CUDA graphs also what these hold of their own: gradients, and the
+            last hidden states with theirs.
         host: Activations that wait in host memory.
         peak: The most at any moment.
         moment: When that is.
@@ -62,6 +65,7 @@ class MemoryEstimate:
     activations: int
     logits: int
     scratch: int
+    workspaces: int
     host: int
     peak: int
     moment: Moment
@@ -78,6 +82,7 @@ class MemoryModel:
         accumulates: Whether gradients of several micro-batches are added up, so that they are there all the time.
         sharding: What each rank holds.
         world_size: Ranks.
+        recorded: Whether passes are run by CUDA graphs.
     """
 
     def __init__(
@@ -90,11 +95,13 @@ class MemoryModel:
         accumulates: bool = False,
         sharding: Sharding = "none",
         world_size: int = 1,
+        recorded: bool = False,
     ) -> None:
         self.model = model
         self.device = device
         self.autocast = autocast
         self.accumulates = accumulates
+        self.recorded = recorded
         self.storages: list[Storage] = count_storage(model)
         self._kinds = layer_kinds(model)
         self._steps: dict[tuple[int, int, int, Plan], _Steps] = {}
@@ -146,7 +153,8 @@ class MemoryModel:
         else:
             steps = self._step(num_tokens, length, supervised, plan)
         step = steps.all_layers
-        held = self.weights + self.adapters + self.optimizer.state + self.buckets
+        workspaces = self._workspaces(num_tokens)
+        held = self.weights + self.adapters + self.optimizer.state + self.buckets + workspaces
         accumulated = self.gradients if self.accumulates else 0
         of_a_layer = max(accumulated, self.gradients // steps.num_layers)
         first_layer = steps.few_layers.backward
@@ -171,6 +179,7 @@ class MemoryModel:
             activations=step.kept,
             logits=max(0, step.head - step.kept),
             scratch=max(0, step.backward - step.kept),
+            workspaces=workspaces,
             host=step.host,
             peak=peaks[moment],
             moment=moment,
@@ -209,6 +218,15 @@ class MemoryModel:
         num_layers = sum(map(len, self._kinds))
         partial = (estimate(MixedPlan(plans[fits], count, plans[fits - 1])) for count in range(1, num_layers))
         return next((found for found in partial if fits_in(found)), None) or estimate(plans[fits])
+
+    def _workspaces(self, num_tokens: int) -> int:
+        if self.device != "cuda":
+            return 0
+        if not self.recorded:
+            return _WORKSPACES
+        width = int(self.model.get_input_embeddings().weight.shape[-1])
+        hidden = num_tokens * width * (self.autocast or torch.float32).itemsize
+        return 2 * _WORKSPACES + self.gradients + 2 * hidden
 
     def _step(self, num_tokens: int, length: int, supervised: int, plan: Plan) -> _Steps:
         """Simulate a batch; many equal documents are extrapolated from fewer."""

@@ -33,7 +33,7 @@ __all__ = [
 
 _GIB = 2**30
 _GAPS = 0.05  # of the memory: gaps between tensors, and what the estimate is off by
-_WORKSPACES = 128 * 2**20  # of cuBLAS, which torch's allocator provides
+_WORKSPACES = 64 * 2**20  # of other libraries than cuBLAS, whose are estimated
 _HOST_SHARE = 0.6  # of the host's free memory, for what waits there; its blocks may take half as much again
 _CPU_PLANS: tuple[Plan, ...] = ("none", "selective", "full")  # what is on the host already cannot be moved there
 _GPU_PLANS: tuple[Plan, ...] = (*_CPU_PLANS, "offload")
@@ -54,7 +54,9 @@ class PlanChoice(NamedTuple):
     estimate: MemoryEstimate | None = None
 
 
-def choose_plan(trainer: L.Trainer, model: PeftModel, optimizers: Sequence[Optimizer]) -> PlanChoice:
+def choose_plan(
+    trainer: L.Trainer, model: PeftModel, optimizers: Sequence[Optimizer], *, recorded: bool = False
+) -> PlanChoice:
     """Choose the fastest plan whose estimated peak fits the memory that is free, the same on all ranks.
 
     Where the model or the batches are unknown, the choice is ``full``.
@@ -63,12 +65,13 @@ def choose_plan(trainer: L.Trainer, model: PeftModel, optimizers: Sequence[Optim
         trainer: Of the run that is about to start.
         model: On its device.
         optimizers: Over its trained parameters.
+        recorded: Whether passes are to be run by CUDA graphs, whatever these take.
     """
     num_tokens = most_tokens(getattr(trainer, "datamodule", None))
     if num_tokens is None:
         return PlanChoice("full", "how many tokens a batch has is not known of this data module")
     try:
-        memory = memory_of_run(trainer, model, optimizers)
+        memory = memory_of_run(trainer, model, optimizers, recorded=recorded)
         budget, host = _budgets(trainer, memory)
         plans = _CPU_PLANS
         if trainer.strategy.root_device.type == "cuda":
@@ -106,8 +109,10 @@ def _link_keeps_up(trainer: L.Trainer, memory: MemoryModel, num_tokens: int) -> 
     return trainer.strategy.reduce_boolean_decision(keeps_up, all=True)
 
 
-def memory_of_run(trainer: L.Trainer, model: PeftModel, optimizers: Sequence[Optimizer]) -> MemoryModel:
-    """Build the memory model of a run, from the model as it is loaded."""
+def memory_of_run(
+    trainer: L.Trainer, model: PeftModel, optimizers: Sequence[Optimizer], *, recorded: bool = False
+) -> MemoryModel:
+    """Build the memory model of a run, from the model as it is loaded; ``recorded`` as for :func:`choose_plan`."""
     device = trainer.strategy.root_device.type
     sharded = isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy)
     each = [optimizer_memory(optimizer, on_gpu=device == "cuda") for optimizer in optimizers]
@@ -119,6 +124,7 @@ def memory_of_run(trainer: L.Trainer, model: PeftModel, optimizers: Sequence[Opt
         accumulates=trainer.accumulate_grad_batches > 1,
         sharding="fsdp" if sharded else "ddp" if trainer.world_size > 1 else "none",
         world_size=trainer.world_size,
+        recorded=recorded and not sharded,  # which is never recorded
     )
 
 

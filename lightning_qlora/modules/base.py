@@ -350,7 +350,7 @@ class CausalLMModule(SummedLossModule):
         """Let ``auto`` choose once: now weights are where they will be, and the optimizer is known."""
         if self.layer_plan is not None or self.model is None:
             return
-        choice = choose_plan(self.trainer, self.model, [optimizer])
+        choice = choose_plan(self.trainer, self.model, [optimizer], recorded=self.cuda_graphs is True)
         self.layer_plan = choice.plan
         self._hold_plan(choice.plan)
         rank_zero_info(f"activation_checkpointing: auto chose {choice.plan} ({choice.reason}).")

@@ -51,7 +51,7 @@ def test_rounds_repeat_own_and_peers_in_turn(everything):
 def test_a_small_model_with_graphs_and_without_beside_the_peers_that_do_the_same(everything):
     planned = [each.command for _, each in everything.plan(["small"], 1)]
     assert [each.command for _, each in everything.plan(["small"], 2)] == 2 * planned
-    options = " --shape 0.5b --steps 20 --warmup 6"
+    options = " --shape 0.5b --steps 20 --warmup 10"
     assert all(command.endswith(options) for command in planned)
     peers = ["unsloth full2k", "unsloth full2k --plan none", "trl-liger full2k --plan none",
              "unsloth chat2k_pack --plan none"]  # fmt: skip

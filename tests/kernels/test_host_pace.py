@@ -78,7 +78,7 @@ def test_a_host_that_was_busy_otherwise_is_timed_again(clock):
 
 @pytest.mark.parametrize(("host_ms", "gpu_ms", "is_slow"), [(200, 100, True), (200, 400, False), (200, 1000, False)])
 def test_of_more_kernels_than_may_wait_it_is_known_as_well(clock, host_ms, gpu_ms, is_slow):
-    pace = paced(*[(host_ms, gpu_ms, 2500)] * 4)
+    pace = paced(*[(host_ms, gpu_ms, 2500)] * 3)
     assert pace.is_known
     assert pace.host_is_slow() == is_slow
 

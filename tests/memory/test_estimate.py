@@ -66,7 +66,8 @@ def test_items_of_the_whole_model():
     )
     assert (estimate.adapters, estimate.gradients) == (4 * trained, 4 * trained)
     assert estimate.optimizer == pytest.approx(8 * trained, rel=0.01)
-    held = estimate.weights + estimate.adapters + estimate.optimizer
+    assert estimate.workspaces == 64 * 2**20
+    held = estimate.weights + estimate.adapters + estimate.optimizer + estimate.workspaces
     assert estimate.peak > held + estimate.activations
     assert estimate.moment == "head"
     assert estimate.peak == held + estimate.activations + estimate.logits
@@ -77,13 +78,23 @@ def test_gradients_that_are_accumulated_are_there_at_the_head():
     assert added.peak - once.peak == added.gradients
 
 
+def test_graphs_hold_gradients_and_hidden_states_of_their_own():
+    plain, recorded = memory_model().estimate(128), memory_model(recorded=True).estimate(128)
+    of_graphs = 64 * 2**20 + plain.gradients + 2 * 128 * tiny_config().hidden_size * 4
+    assert recorded.workspaces - plain.workspaces == recorded.peak - plain.peak == of_graphs
+
+
+def test_a_cpu_has_no_workspaces():
+    assert memory_model(device="cpu").estimate(128).workspaces == 0
+
+
 def test_the_peak_of_a_tiny_batch_is_the_optimizers():
     model = memory_model()
     model.optimizer = OptimizerMemory(0, scratch=10**9)
     estimate = model.estimate(8)
     assert (estimate.moment, estimate.peak) == (
         "optimizer",
-        estimate.weights + estimate.adapters + estimate.gradients + 10**9,
+        estimate.weights + estimate.adapters + estimate.gradients + estimate.workspaces + 10**9,
     )
 
 
@@ -143,7 +154,8 @@ def test_sharding_holds_a_part_and_what_is_gathered_whole(tied, lora, kept, alon
     logits = estimate.activations + estimate.logits
     at_start, at_loss = 2 * (kept + embedding), kept + 2 * layer + head + logits
     assert estimate.moment == ("head" if at_loss > at_start else "forward")
-    assert estimate.peak == pytest.approx(parts + model.adapters + max(at_start, at_loss), rel=0.001)
+    peak = parts + model.adapters + estimate.workspaces + max(at_start, at_loss)
+    assert estimate.peak == pytest.approx(peak, rel=0.001)
     assert model.loading >= parts + model.adapters + 2 * (kept + embedding)
 
 

@@ -106,6 +106,13 @@ def test_a_shape_needs_no_file(call):
     assert large["context_host"] == 24 * 896 * 2 * large["longest_context"]  # an input of each layer, in 16 bits
 
 
+def test_graphs_that_are_asked_for_are_counted(call, config_only):
+    asked = ("--model.model_name=./base", "--tokens=64", "--memory_gib=[8]", "--json")
+    plain, recorded = (json.loads(call(*asked, f"--model.cuda_graphs={graphs}")[1]) for graphs in ("auto", "true"))
+    for one, two in zip(plain["memory"], recorded["memory"], strict=True):
+        assert two["workspaces"] - one["workspaces"] == two["peak"] - one["peak"] > one["workspaces"]
+
+
 def test_on_a_cpu(call, config_only):
     code, output, errors = call(
         "--model.model_name=./base", "--device=cpu", "--tokens=64", "--memory_gib=[8]", "--json"

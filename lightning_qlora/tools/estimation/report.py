@@ -15,7 +15,7 @@ from lightning_qlora.tools.inspection.terminal import write
 __all__ = ["Budget", "Estimate", "as_dict", "duration", "print_estimate", "size"]
 
 _GIB, _MIB = 2**30, 2**20
-_ITEMS = ("weights", "adapters", "gradients", "optimizer", "activations", "logits", "scratch", "peak")
+_ITEMS = ("weights", "adapters", "gradients", "optimizer", "activations", "logits", "scratch", "workspaces", "peak")
 
 
 class Budget(NamedTuple):
