@@ -36,6 +36,7 @@ from lightning_qlora.strategies import default_strategy
 __all__ = ["QLoRACLI", "main"]
 
 TRACEBACK_VARIABLE = "LIGHTNING_QLORA_TRACEBACK"
+_TOKENIZER_THREADS = "TOKENIZERS_PARALLELISM"
 
 # What a subcommand does beside its own work unless the configuration brings a callback of that kind. AdapterCheckpoint
 # is also what finds ckpt_path: last, and Lightning warns when a callback that was in training is missing later.
@@ -318,7 +319,9 @@ def main(args: list[str] | None = None) -> int:
 
 def _quiet_libraries() -> None:
     """Drop remarks of libraries that a user of this command cannot act on."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    if _TOKENIZER_THREADS not in os.environ:  # tokenizers would say at each fork that it does without them there
+        os.environ[_TOKENIZER_THREADS] = "true"
+        os.register_at_fork(after_in_child=lambda: os.environ.update({_TOKENIZER_THREADS: "false"}))
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: "Tip:" not in record.getMessage())

@@ -1,4 +1,6 @@
 import json
+import multiprocessing
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -237,6 +239,21 @@ def test_fit_starts_without_what_it_does_not_need(run):
     (imported,) = [line.split()[1:] for line in result.stdout.splitlines() if line.startswith("imported:")]
     assert "lightning_qlora.data.datamodule" in imported
     assert not NOT_NEEDED & set(imported)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
+def test_forks_of_a_command_do_not_wait_for_threads_that_they_have_not(run, monkeypatch):
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    code, output = run("fit", "--print_config")
+    assert code == 0, output
+    backend, texts = tiny_tokenizer().backend_tokenizer, ["one two three"] * 100
+    backend.encode_batch(texts)  # in threads
+    child = multiprocessing.get_context("fork").Process(target=backend.encode_batch, args=(texts,))
+    child.start()
+    child.join(30)
+    child.kill()
+    assert child.exitcode == 0
+    assert os.environ["TOKENIZERS_PARALLELISM"] == "true"
 
 
 def test_module_entry_point_lists_every_subcommand():
