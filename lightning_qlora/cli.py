@@ -26,6 +26,7 @@ from typing_extensions import override
 
 from lightning_qlora.callbacks import AdapterCheckpoint, PerformanceMonitor, PredictionWriter, RunGuard, RunSummary
 from lightning_qlora.data import PreferenceDataModule, SFTDataModule
+from lightning_qlora.environment import WITHOUT_TOKENIZER_THREADS
 from lightning_qlora.model import compute_dtype
 from lightning_qlora.modules import CausalLMModule
 from lightning_qlora.modules.precision import refuse_bitsandbytes_precision
@@ -36,7 +37,6 @@ from lightning_qlora.strategies import default_strategy
 __all__ = ["QLoRACLI", "main"]
 
 TRACEBACK_VARIABLE = "LIGHTNING_QLORA_TRACEBACK"
-_TOKENIZER_THREADS = "TOKENIZERS_PARALLELISM"
 
 # What a subcommand does beside its own work unless the configuration brings a callback of that kind. AdapterCheckpoint
 # is also what finds ckpt_path: last, and Lightning warns when a callback that was in training is missing later.
@@ -319,9 +319,10 @@ def main(args: list[str] | None = None) -> int:
 
 def _quiet_libraries() -> None:
     """Drop remarks of libraries that a user of this command cannot act on."""
-    if _TOKENIZER_THREADS not in os.environ:  # tokenizers would say at each fork that it does without them there
-        os.environ[_TOKENIZER_THREADS] = "true"
-        os.register_at_fork(after_in_child=lambda: os.environ.update({_TOKENIZER_THREADS: "false"}))
+    (threads,) = WITHOUT_TOKENIZER_THREADS
+    if threads not in os.environ:  # tokenizers would say at each fork that it does without them there
+        os.environ[threads] = "true"
+        os.register_at_fork(after_in_child=lambda: os.environ.update(WITHOUT_TOKENIZER_THREADS))
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: "Tip:" not in record.getMessage())

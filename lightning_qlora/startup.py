@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from lightning_qlora.environment import environment
 
 __all__ = ["quick_imports"]
 
@@ -32,12 +33,5 @@ def _import_bitsandbytes() -> None:
     When imported it hands five functions to ``torch.compile``, for which torch loads all of Inductor, 540 modules. They
     are for devices that it has no kernels for; there they run as they are written.
     """
-    switch = "TORCHDYNAMO_DISABLE"  # which torch.compile asks at each call, so that later ones compile
-    given = os.environ.get(switch)
-    os.environ[switch] = "1"
-    try:
+    with environment(TORCHDYNAMO_DISABLE="1"):  # torch.compile asks at each call, so that later ones compile
         import bitsandbytes  # noqa: F401
-    finally:
-        del os.environ[switch]
-        if given is not None:
-            os.environ[switch] = given

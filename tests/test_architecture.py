@@ -9,7 +9,7 @@ PACKAGE = Path(lightning_qlora.__file__).parent
 
 # Rooms of one stage do not import one another; each may import the stages before it.
 STAGES: tuple[frozenset[str], ...] = (
-    frozenset({"parts", "random_state", "transfers"}),
+    frozenset({"environment", "parts", "random_state", "transfers"}),
     frozenset({"schema", "kernels", "accounting", "ranks", "redaction", "signals", "startup", "text_splitting"}),
     frozenset({"losses"}),
     frozenset({"pretrained", "checkpoints"}),

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -23,6 +21,7 @@ from lightning_qlora.data.preparation import CHUNK_ROWS
 from lightning_qlora.data.report import SourceReport
 from lightning_qlora.data.sources import Sources
 from lightning_qlora.data.truncation import OverlongPolicy
+from lightning_qlora.environment import WITHOUT_TOKENIZER_THREADS, environment
 from lightning_qlora.schema import Origin, RowRefused, SFTBatch
 
 __all__ = ["StreamItem", "StreamingBatches", "StreamingLoader"]
@@ -32,8 +31,6 @@ ROWS_BEFORE_JUDGING = 1_000
 
 BATCHES_REMEMBERED = 64
 """Batches whose rows' places are kept, so that a message about a batch can name them."""
-
-_PARALLELISM = "TOKENIZERS_PARALLELISM"  # of tokenizers, which looks at each use
 
 
 class StreamItem(NamedTuple):
@@ -228,18 +225,6 @@ def _say_nothing_usable(share: _Share, tally: _Tally) -> str:
     )
 
 
-@contextmanager
-def _tokenizers_without_threads() -> Iterator[None]:
-    """Let processes that begin here tokenise in one thread each: a fork has no other, and would wait for them."""
-    before = os.environ.get(_PARALLELISM)
-    os.environ[_PARALLELISM] = "false"
-    try:
-        yield
-    finally:
-        del os.environ[_PARALLELISM]
-        os.environ |= {} if before is None else {_PARALLELISM: before}
-
-
 class StreamingLoader(DataLoader[Any]):
     """Loads a stream of batches, and knows where each shard stood after each of them.
 
@@ -282,7 +267,7 @@ class StreamingLoader(DataLoader[Any]):
         if self._seen_before is None:
             self._seen_before = self.batches_seen()
         states = self._states[0]
-        with _tokenizers_without_threads():
+        with environment(**WITHOUT_TOKENIZER_THREADS):
             items = super().__iter__()  # begins workers
         for item in items:
             if self.replaced:

@@ -25,6 +25,7 @@ from typing import IO, Any, cast
 
 from lightning_qlora.data.encoding import RowEncoder, StoredChunk
 from lightning_qlora.data.lines import JsonLine, ReadRow
+from lightning_qlora.environment import WITHOUT_TOKENIZER_THREADS
 from lightning_qlora.schema import Completion, Conversation, Message, Origin, PreferenceRow, UnpairedRow
 
 __all__ = ["encode_in_workers", "serve"]
@@ -98,7 +99,7 @@ class _Worker:
             [sys.executable, "-P", "-c", _START],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},  # the processes are the parallelism
+            env={**os.environ, **WITHOUT_TOKENIZER_THREADS},
         )
         self._requests, self._results = cast(IO[bytes], self._process.stdin), cast(IO[bytes], self._process.stdout)
         self._requests.write(_pickled(sys.path))  # fits into the pipe, so nobody waits

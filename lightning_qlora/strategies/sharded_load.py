@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from torch.nn.modules.module import (
 from transformers import modeling_utils
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from lightning_qlora.environment import environment
 from lightning_qlora.parts import Place, cut, cut_parameters, gather, put_back
 from lightning_qlora.ranks import agree
 
@@ -180,15 +180,11 @@ def _loading_piece_by_piece() -> Iterator[None]:
     It reads ahead in threads unless it quantises, as much as they find time for; and before it reads anything, it lets
     torch reserve the size of the model in one piece (caching_allocator_warmup), which fails where that does not fit.
     """
-    variable, name = "HF_DEACTIVATE_ASYNC_LOAD", "caching_allocator_warmup"
-    before, warmup = os.environ.get(variable), getattr(modeling_utils, name)
-    os.environ[variable] = "1"
+    name = "caching_allocator_warmup"
+    warmup = getattr(modeling_utils, name)
     setattr(modeling_utils, name, lambda *_, **__: None)
     try:
-        yield
+        with environment(HF_DEACTIVATE_ASYNC_LOAD="1"):
+            yield
     finally:
         setattr(modeling_utils, name, warmup)
-        if before is None:
-            del os.environ[variable]
-        else:
-            os.environ[variable] = before
