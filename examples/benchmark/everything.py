@@ -1,9 +1,8 @@
 """Every measurement: own, peers and floor, and the page that shows them.
 
-    python examples/benchmark/everything.py --out results.jsonl --checkpoint /tmp/base      # on a machine with one GPU
+    python examples/benchmark/everything.py --out results.jsonl --checkpoint /tmp/base --page RESULTS.md    # on one GPU
     python examples/benchmark/everything.py --out results.jsonl --groups gates speed --budget_s 560
     python examples/benchmark/everything.py --out results.jsonl --groups speed --containing chat2k_pack "trl dpo"
-    python examples/benchmark/report.py results.jsonl --output examples/benchmark/RESULTS.md
 
 Lines are added to the file as they are measured, and what is there already is not measured again: a run that was cut
 short goes on where it stopped. Rounds are interleaved, own and peers in turn, and the page shows their medians: there,
@@ -32,6 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
+import report
 from cases import expand
 
 HERE = Path(__file__).parent
@@ -332,6 +332,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--checkpoint", type=Path, default=Path("/tmp/base"), help="folder for a random 8b base (16 GB), 0.5b beside it"
     )
+    parser.add_argument("--page", type=Path, help="to draw then of all records there are, as report.py does")
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument(
         "--containing", nargs="+", help='of these groups only commands with one of these in them, such as "rank 8"'
@@ -345,5 +346,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return known
 
 
+def main(arguments: list[str]) -> int:
+    """Measure, and draw the page; return how many measurements failed."""
+    options = parse(arguments)
+    failed = Session(options).run()
+    if options.page is not None and options.out.exists():
+        report.main([str(options.out), "--output", str(options.page)])
+    return failed
+
+
 if __name__ == "__main__":
-    sys.exit(min(Session(parse(sys.argv[1:])).run(), 125))
+    sys.exit(min(main(sys.argv[1:]), 125))

@@ -99,7 +99,9 @@ def test_a_run_goes_on_where_it_stopped_and_after_a_failure(everything, fake, tm
     arguments = ["--out", str(out), "--groups", "gates", *EXTRA]
     assert everything.Session(everything.parse([*arguments, "--budget_s", "-1"])).run() == 0
     assert not out.exists()
-    assert everything.Session(everything.parse(arguments)).run() == 2
+    page = tmp_path / "RESULTS.md"
+    assert everything.main([*arguments, "--page", str(page)]) == 2
+    assert "Segmentation fault" in page.read_text()
     assert "gates took" in capsys.readouterr().err
     records = [json.loads(line) for line in out.read_text().splitlines()]
     assert [r["command"] for r in records] == [m.command for m in everything.MEASUREMENTS if m.group == "gates"]
@@ -110,7 +112,9 @@ def test_a_run_goes_on_where_it_stopped_and_after_a_failure(everything, fake, tm
         else:
             assert record["asked"] == f"{record['command'].removeprefix('bench.py ')} {' '.join(EXTRA)}"
     (tmp_path / "bench.mood").write_text("good")
-    assert everything.Session(everything.parse(arguments)).run() == 0
+    assert everything.main([*arguments, "--page", str(page)]) == 0
+    assert page.read_text().startswith("# ")
+    assert "Segmentation fault" not in page.read_text()
     again = [json.loads(line)["command"] for line in out.read_text().splitlines()][len(records) :]
     assert again == [record["command"] for record in records if "failed" in record] != []
 
