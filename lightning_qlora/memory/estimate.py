@@ -153,7 +153,7 @@ class MemoryModel:
         else:
             steps = self._step(num_tokens, length, supervised, plan)
         step = steps.all_layers
-        workspaces = self._workspaces(num_tokens)
+        workspaces = self._workspaces(num_tokens, plan)
         held = self.weights + self.adapters + self.optimizer.state + self.buckets + workspaces
         accumulated = self.gradients if self.accumulates else 0
         of_a_layer = max(accumulated, self.gradients // steps.num_layers)
@@ -219,10 +219,11 @@ class MemoryModel:
         partial = (estimate(MixedPlan(plans[fits], count, plans[fits - 1])) for count in range(1, num_layers))
         return next((found for found in partial if fits_in(found)), None) or estimate(plans[fits])
 
-    def _workspaces(self, num_tokens: int) -> int:
+    def _workspaces(self, num_tokens: int, plan: Plan | MixedPlan) -> int:
         if self.device != "cuda":
             return 0
-        if not self.recorded:
+        plans = {plan.lean, plan.rich} if isinstance(plan, MixedPlan) else {plan}
+        if not self.recorded or not plans.isdisjoint(OFFLOADING):  # such are never recorded
             return _WORKSPACES
         width = int(self.model.get_input_embeddings().weight.shape[-1])
         hidden = num_tokens * width * (self.autocast or torch.float32).itemsize

@@ -8,6 +8,7 @@ from peft import LoraConfig
 from tiny_models import tiny_config
 
 from lightning_qlora.accounting import stored_bytes
+from lightning_qlora.kernels.checkpointing import MixedPlan
 from lightning_qlora.memory import (
     PLANS,
     MemoryModel,
@@ -82,6 +83,11 @@ def test_graphs_hold_gradients_and_hidden_states_of_their_own():
     plain, recorded = memory_model().estimate(128), memory_model(recorded=True).estimate(128)
     of_graphs = 64 * 2**20 + plain.gradients + 2 * 128 * tiny_config().hidden_size * 4
     assert recorded.workspaces - plain.workspaces == recorded.peak - plain.peak == of_graphs
+
+
+@pytest.mark.parametrize("plan", ["offload", "selective_offload", MixedPlan("selective_offload", 2, "none")])
+def test_plans_that_are_never_recorded_hold_no_graphs(plan):
+    assert memory_model(recorded=True).estimate(128, plan=plan) == memory_model().estimate(128, plan=plan)
 
 
 def test_a_cpu_has_no_workspaces():
