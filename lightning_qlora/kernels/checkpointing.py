@@ -22,6 +22,7 @@ __all__ = [
     "SELECTIVE",
     "MixedPlan",
     "Plan",
+    "needs_host",
     "plan_of_layers",
     "random_state_left_alone",
     "set_checkpointing",
@@ -59,6 +60,12 @@ class MixedPlan(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.lean} in the first {self.num_lean} layers, {self.rich} in the others"
+
+
+def needs_host(plan: Plan | MixedPlan | None) -> bool:
+    """Whether any layers keep tensors in host memory."""
+    plans = (plan.lean, plan.rich) if isinstance(plan, MixedPlan) else (plan,)
+    return any(each in OFFLOADING for each in plans)
 
 
 def plan_of_layers(plan: Plan | MixedPlan, num_layers: int) -> list[Plan]:

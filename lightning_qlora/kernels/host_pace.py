@@ -14,7 +14,7 @@ _LESS = 0.95  # of the host's time
 _LONGER = 2.0  # a sleep than the host needed before
 _LONGEST_MS = 500.0
 _CYCLES = 10_000_000  # of which nobody says how long they are: five milliseconds, beside which a slow launch is little
-_MOST_TIMES = 3
+_MOST_TIMES = 3  # something else may have kept the host; or the queue is full each time
 
 
 class HostPace:
@@ -22,7 +22,8 @@ class HostPace:
 
     Entered at least twice around the same work, whose kernels are compiled. First for the host, with nothing before it
     on the GPU: otherwise that would be late, and the host has to wait where it is about a thousand kernels ahead. Then
-    for the GPU, which sleeps until all is launched: otherwise it would wait for the host.
+    for the GPU, which sleeps until all is launched: otherwise it would wait for the host. Kernels that its
+    queue has no room for then, all but about a thousand, are launched while it works.
     """
 
     def __init__(self) -> None:

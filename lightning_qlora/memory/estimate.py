@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 
 from lightning_qlora.accounting import Storage, count_storage, logical_numel, stored_bytes
-from lightning_qlora.kernels.checkpointing import OFFLOADING, MixedPlan
+from lightning_qlora.kernels.checkpointing import OFFLOADING, MixedPlan, needs_host
 from lightning_qlora.memory.layers import decoder_layers, embedding_alone, head_alone, layer_kinds, only_layers
 from lightning_qlora.memory.optimizer import OptimizerMemory
 from lightning_qlora.memory.simulation import PLANS, Device, Plan, StepMemory, simulate_step
@@ -82,7 +82,7 @@ class MemoryModel:
         accumulates: Whether gradients of several micro-batches are added up, so that they are there all the time.
         sharding: What each rank holds.
         world_size: Ranks.
-        recorded: Whether passes are run by CUDA graphs.
+        recorded: Whether passes are run by CUDA graphs where they can be.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class MemoryModel:
         self.device = device
         self.autocast = autocast
         self.accumulates = accumulates
-        self.recorded = recorded
+        self.recorded = recorded and sharding != "fsdp"  # whose passes never are
         self.storages: list[Storage] = count_storage(model)
         self._kinds = layer_kinds(model)
         self._steps: dict[tuple[int, int, int, Plan], _Steps] = {}
@@ -222,8 +222,7 @@ class MemoryModel:
     def _workspaces(self, num_tokens: int, plan: Plan | MixedPlan) -> int:
         if self.device != "cuda":
             return 0
-        plans = {plan.lean, plan.rich} if isinstance(plan, MixedPlan) else {plan}
-        if not self.recorded or not plans.isdisjoint(OFFLOADING):  # such are never recorded
+        if not self.recorded or needs_host(plan):  # such a plan is never recorded
             return _WORKSPACES
         width = int(self.model.get_input_embeddings().weight.shape[-1])
         hidden = num_tokens * width * (self.autocast or torch.float32).itemsize

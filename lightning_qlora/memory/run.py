@@ -33,7 +33,7 @@ __all__ = [
 
 _GIB = 2**30
 _GAPS = 0.05  # of the memory: gaps between tensors, and what the estimate is off by
-_WORKSPACES = 64 * 2**20  # of other libraries than cuBLAS, whose are estimated
+_OTHER_WORKSPACES = 64 * 2**20  # than cuBLAS', which are estimated
 _HOST_SHARE = 0.6  # of the host's free memory, for what waits there; its blocks may take half as much again
 _CPU_PLANS: tuple[Plan, ...] = ("none", "selective", "full")  # what is on the host already cannot be moved there
 _GPU_PLANS: tuple[Plan, ...] = (*_CPU_PLANS, "offload")
@@ -91,7 +91,7 @@ def _budgets(trainer: L.Trainer, memory: MemoryModel) -> tuple[int, int]:
     """Return the bytes that may be taken of the device, and those that may wait on the host, the same on all ranks."""
     device = trainer.strategy.root_device
     if device.type == "cuda":
-        budget = int((1 - _GAPS) * (free_memory(device) + torch.cuda.memory_reserved(device))) - _WORKSPACES
+        budget = int((1 - _GAPS) * (free_memory(device) + torch.cuda.memory_reserved(device))) - _OTHER_WORKSPACES
         host = int(_HOST_SHARE * free_memory(torch.device("cpu"))) // trainer.num_devices
     else:
         held = memory.weights + memory.adapters  # on the device already, so not among what is free
@@ -124,7 +124,7 @@ def memory_of_run(
         accumulates=trainer.accumulate_grad_batches > 1,
         sharding="fsdp" if sharded else "ddp" if trainer.world_size > 1 else "none",
         world_size=trainer.world_size,
-        recorded=recorded and not sharded,  # which is never recorded
+        recorded=recorded,
     )
 
 

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from lightning_qlora.kernels.attention import PackedDocuments, document_arguments, packed_attention_arguments
-from lightning_qlora.kernels.checkpointing import OFFLOADING, MixedPlan, Plan
+from lightning_qlora.kernels.checkpointing import MixedPlan, Plan, needs_host
 from lightning_qlora.kernels.graphs import DecoderGraphs, Recorder, record_on_gpu
 from lightning_qlora.kernels.host_pace import HostPace
 from lightning_qlora.kernels.launching import autocast_dtype_of
@@ -102,13 +102,12 @@ class SupervisedForward:
         if wanted is False:
             return
         base = base_model(self.model)
-        plans = {plan.lean, plan.rich} if isinstance(plan, MixedPlan) else {plan}
         trained = [p for p in self.model.parameters() if p.requires_grad]
         obstacles = {
             "there are none on a CPU": recorder is None and base.device.type != "cuda",
             f"{type(base).__name__} is not all attention": self.head is None or not self.keeps_documents_apart,
             "attn_implementation has other kernels": not self.isolates_documents,
-            "activation_checkpointing keeps tensors in host memory": not plans.isdisjoint(OFFLOADING),
+            "activation_checkpointing keeps tensors in host memory": needs_host(plan),
             "compile_layers is on": is_compiled,
             "the model is in parts": any(isinstance(p, DTensor) for p in trained),
             "dropout draws random numbers": _draws(self.model),

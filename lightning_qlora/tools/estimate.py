@@ -191,7 +191,7 @@ class _Builder:
             accumulates=self.accumulates,
             sharding=self.sharding,
             world_size=self.world_size,
-            recorded=module.cuda_graphs is True and self.sharding != "fsdp",
+            recorded=module.cuda_graphs is True,
         )
         return memory, type(optimizer).__name__
 

@@ -85,6 +85,11 @@ def test_graphs_hold_gradients_and_hidden_states_of_their_own():
     assert recorded.workspaces - plain.workspaces == recorded.peak - plain.peak == of_graphs
 
 
+def test_what_is_sharded_holds_no_graphs():
+    fsdp = {"sharding": "fsdp", "world_size": 2}
+    assert memory_model(recorded=True, **fsdp).estimate(128) == memory_model(**fsdp).estimate(128)
+
+
 @pytest.mark.parametrize("plan", ["offload", "selective_offload", MixedPlan("selective_offload", 2, "none")])
 def test_plans_that_are_never_recorded_hold_no_graphs(plan):
     assert memory_model(recorded=True).estimate(128, plan=plan) == memory_model().estimate(128, plan=plan)

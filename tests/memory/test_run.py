@@ -131,7 +131,7 @@ def test_on_gpus_all_ranks_share_both_budgets_and_the_link_is_measured_where_it_
     monkeypatch.setattr(run_module, "_link_keeps_up", lambda *_: measured.append(1) or not slow_link)
 
     def choose(plan, host=2**40):
-        needed = memory.estimate(TOKENS, plan=plan).peak + run_module._WORKSPACES
+        needed = memory.estimate(TOKENS, plan=plan).peak + run_module._OTHER_WORKSPACES
         free["cuda"], free["cpu"] = 2 * int((needed + 2**20) / 0.95), host
         return choose_plan(Run(), None, []).plan
 
